@@ -1,0 +1,122 @@
+// The page's side of a panel: task ids, progress, copy and send. Loaded by the WebUI, or by the standalone page.
+window.hypermerge = window.hypermerge || (() => {
+    const tasks = {};
+    const root = () => (typeof gradioApp === "function" ? gradioApp() : document);
+    const find = (verb, field) => root().querySelector(`#hypermerge_${verb}_${field}`);
+
+    function newId() {
+        return `task(${Math.random().toString(36).slice(2, 15)}${Date.now().toString(36)})`;
+    }
+
+    // gradio 3 passes the inputs and then the outputs; only the inputs may go back
+    function start(verb, values, count) {
+        tasks[verb] = newId();
+        const inputs = Array.from(values).slice(0, count);
+        inputs[0] = tasks[verb];
+        watch(verb);
+        return inputs;
+    }
+
+    function watch(verb) {
+        setRunning(verb, true);
+        const anchor = find(verb, "progress");
+        if (typeof requestProgress === "function") {
+            requestProgress(tasks[verb], anchor, null, () => {}, () => {}); // the WebUI's own bar
+        } else {
+            poll(verb, tasks[verb], anchor);
+        }
+    }
+
+    // the page was opened while a job is under way: watch it as if it had been started here;
+    // returns the job to wait for, which is none if this page has started one meanwhile
+    function resume(verb, task) {
+        find(verb, "panel")?.classList.add("hypermerge-loaded"); // the lists are fresh now
+        if (!task || tasks[verb]) return "";
+        tasks[verb] = task;
+        watch(verb);
+        return task;
+    }
+
+    function resumed(verb, task) {
+        if (task && tasks[verb] === task) ended(verb);
+    }
+
+    function setRunning(verb, running) {
+        find(verb, "panel").classList.toggle("hypermerge-running", running);
+    }
+
+    function ended(verb) {
+        tasks[verb] = null;
+        setRunning(verb, false);
+        // the cards of the WebUI's LoRA tabs: what its own refresh button does
+        for (const tab of ["txt2img", "img2img"]) {
+            root().querySelector(`#${tab}_lora_extra_refresh_internal`)?.click();
+        }
+    }
+
+    async function poll(verb, id, anchor) {
+        const bar = document.createElement("div");
+        bar.className = "progressDiv";
+        bar.innerHTML = '<div class="progress"></div>';
+        anchor.parentElement.insertBefore(bar, anchor);
+        while (tasks[verb] === id) {
+            await new Promise((resolve) => setTimeout(resolve, 250));
+            const answer = await fetch(`hypermerge/v1/jobs/${encodeURIComponent(id)}`).catch(() => null);
+            if (answer?.ok) {
+                const job = await answer.json();
+                const percent = `${Math.round(job.progress * 100)}%`;
+                bar.firstChild.style.width = percent;
+                bar.firstChild.textContent = `${percent} ${job.text}`;
+            }
+        }
+        bar.remove();
+    }
+
+    // a name that somebody typed stays; one that was filled in makes way for a fresh one
+    function suggest(out, suggested, fresh) {
+        return fresh && (!out || out === suggested) ? [fresh, fresh] : [out, suggested];
+    }
+
+    async function copy(text) {
+        const button = window.event?.currentTarget;
+        try {
+            await navigator.clipboard.writeText(text);
+        } catch {
+            if (!copyFromField(text)) return;
+        }
+        if (!(button instanceof HTMLElement) || button.dataset.label) return;
+        button.dataset.label = button.textContent;
+        button.textContent = "Copied";
+        setTimeout(() => {
+            button.textContent = button.dataset.label;
+            delete button.dataset.label;
+        }, 1500);
+    }
+
+    // over plain http from another machine a browser has no navigator.clipboard
+    function copyFromField(text) {
+        const area = document.createElement("textarea");
+        area.value = text;
+        area.style.cssText = "position: fixed; opacity: 0;";
+        document.body.append(area);
+        area.select();
+        const copied = document.execCommand("copy");
+        area.remove();
+        return copied;
+    }
+
+    function send(text) {
+        const prompt = root().querySelector("#txt2img_prompt textarea");
+        prompt.value = prompt.value.trim() ? `${prompt.value.trim()} ${text}` : text;
+        prompt.dispatchEvent(new Event("input", {bubbles: true}));
+        if (typeof switch_to_txt2img === "function") switch_to_txt2img();
+    }
+
+    // there is nothing to send to without a WebUI
+    function markHost() {
+        document.documentElement.classList.toggle("hypermerge-alone", !root().querySelector("#txt2img_prompt"));
+    }
+    if (typeof onUiLoaded === "function") onUiLoaded(markHost); else markHost();
+
+    return {start, ended, resume, resumed, suggest, task: (verb) => tasks[verb] || "", copy, send};
+})();

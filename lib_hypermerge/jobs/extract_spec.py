@@ -1,0 +1,119 @@
+"""The parameters of extract. Free of torch, so that a mistyped flag is answered at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import SpecError
+from ..layouts.module import LAYER_GROUPS
+from .spec import CHECKPOINT, CHOICE, CHOICES, FLAG, INTEGER, NUMBER, OUTPUT, Spec, param
+
+RULES = (
+    ("fixed", "the same rank everywhere"),
+    ("ratio", "singular values of at least target × the largest"),
+    ("energy", "the share target of the change's energy (squared norm) in every layer"),
+    ("cumulative", "the share target of the sum of singular values in every layer"),
+    ("size", "a file of target MiB, ranks allotted over all layers at once"),
+)
+_GROUP_TITLES = {
+    "attention": "attention", "feedforward": "feed-forward (MLP)", "projection": "projections around attention",
+    "resnet": "residual blocks", "sampling": "down- and up-sampling", "embedding": "time and class embeddings",
+    "inout": "first and last convolution",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExtractSpec(Spec):
+    """A LoRA that turns the base checkpoint into the tuned one."""
+
+    verb: ClassVar[str] = "extract"
+
+    base: str = param(CHECKPOINT, "Base checkpoint", "The checkpoint that the fine-tune started from.")
+    tuned: str = param(CHECKPOINT, "Fine-tuned checkpoint", "The checkpoint to turn into a LoRA.")
+    out: str = param(OUTPUT, "Name of the LoRA", "The new file's name, without a folder.", placeholder="my-style")
+    rank: int = param(
+        INTEGER, "Rank", "Directions kept per linear layer, under the rule fixed. 32 suits most.", 32,
+        bounds=(1, 4096),
+    )  # fmt: skip
+    conv_rank: int | None = param(
+        INTEGER, "Rank of 3×3 convolutions",
+        "Empty: as the rank. 0: leave these layers out. Under the other rules it is the most they get.", None,
+        bounds=(0, 4096), optional=True, placeholder="as above",
+    )  # fmt: skip
+    rank_rule: str = param(CHOICE, "Rank rule", "How the rank of each layer is chosen.", "fixed", choices=RULES)
+    rank_target: float | None = param(
+        NUMBER, "Target of the rank rule",
+        "ratio: 0…1 (or above 1: largest / smallest kept). energy, cumulative: 0…1. size: MiB. Unused by fixed.",
+        None, optional=True,
+    )  # fmt: skip
+    components: tuple[str, ...] = param(
+        CHOICES, "Components", "te is every text encoder; te1 and te2 are SDXL's CLIP-L and CLIP-G.", ("unet", "te"),
+        choices=(("unet", "UNet"), ("te", "all text encoders"), ("te1", "CLIP-L of SDXL"), ("te2", "CLIP-G of SDXL")),
+    )  # fmt: skip
+    layers: tuple[str, ...] = param(
+        CHOICES, "Layer groups", "Which kinds of layers to include.", LAYER_GROUPS, advanced=True,
+        choices=tuple((group, _GROUP_TITLES[group]) for group in LAYER_GROUPS),
+    )  # fmt: skip
+    norms: bool = param(
+        FLAG, "Include normalisation layers",
+        "Small and exact (w_norm, b_norm). A1111, Forge and ComfyUI load them, other programs may not.", False,
+    )  # fmt: skip
+    biases: bool = param(
+        FLAG, "Include biases",
+        "Small and exact (diff_b). Loaded by Forge and ComfyUI; A1111 ignores them beside a LoRA.", False,
+        advanced=True,
+    )  # fmt: skip
+    dtype: str = param(
+        CHOICE, "Number format", "fp16 is what everything loads.", "fp16",
+        choices=(("fp16", "16-bit float"), ("bf16", "bfloat16"), ("fp32", "32-bit float, twice the size")),
+    )  # fmt: skip
+    min_rank: int = param(INTEGER, "Least rank", "No changed layer gets less.", 1, bounds=(1, 4096), advanced=True)
+    max_rank: int | None = param(
+        INTEGER, "Largest rank", "No layer gets more. Empty: what a layer's size allows.", None, bounds=(1, 4096),
+        advanced=True, optional=True, placeholder="no limit",
+    )  # fmt: skip
+    method: str = param(
+        CHOICE, "Decomposition", "auto takes the faster per layer; both are within a fraction of a percent.", "auto",
+        choices=(("auto", "the faster one"), ("randomised", "randomised"), ("exact", "exact, slower")), advanced=True,
+    )  # fmt: skip
+    device: str = param(
+        CHOICE, "Device", "auto: the graphics card if there is one.", "auto", advanced=True,
+        choices=(("auto", "best there is"), ("cpu", "processor"), ("cuda", "NVIDIA or AMD card"), ("mps", "Apple")),
+    )  # fmt: skip
+    seed: int = param(INTEGER, "Seed", "The same seed gives the same file.", 0, bounds=(0, 2**63 - 1), advanced=True)
+    tuned_weight: float = param(
+        NUMBER,
+        "Weight of the fine-tune (α)",
+        "The LoRA holds α·tuned − β·base.",
+        1.0,
+        bounds=(-100, 100),
+        advanced=True,
+    )
+    base_weight: float = param(
+        NUMBER, "Weight of the base (β)", "Leave both at 1 for the plain difference.", 1.0, bounds=(-100, 100),
+        advanced=True,
+    )  # fmt: skip
+    skip_nonfinite: bool = param(
+        FLAG, "Skip layers with NaN or Inf", "Otherwise such a checkpoint is refused.", False, advanced=True
+    )
+    overwrite: bool = param(FLAG, "Overwrite", "Replace an existing file of that name.", False)
+
+    def check(self) -> None:
+        rule, target = self.rank_rule, self.rank_target
+        if rule != "fixed":
+            if target is None:
+                raise SpecError(f"The rank rule {rule!r} needs a target.", hint=self.params()["rank_target"].help)
+            if target <= 0 or (rule in ("energy", "cumulative") and target > 1):
+                upper = " and at most 1" if rule in ("energy", "cumulative") else ""
+                raise SpecError(f"The target of {rule!r} must be above 0{upper}.", f"Got {target:g}.")
+        elif target is not None:
+            raise SpecError("A target was given, but the rank rule is 'fixed'.", hint="Choose a rule that uses it.")
+        if self.max_rank is not None and self.max_rank < self.min_rank:
+            raise SpecError(f"The largest rank {self.max_rank} is below the least rank {self.min_rank}.")
+        if self.tuned_weight == 0:
+            raise SpecError("The weight of the fine-tune is 0: nothing would be left of it.")
+
+    @property
+    def rank_of_convs(self) -> int:
+        return self.rank if self.conv_rank is None else self.conv_rank

@@ -1,0 +1,175 @@
+"""One definition of a job's parameters, from which panel, flags, schema and validation all come."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from ..errors import SpecError
+
+S = TypeVar("S", bound="Spec")
+
+# kinds of parameters
+CHECKPOINT, OUTPUT, INTEGER, NUMBER, CHOICE, CHOICES, FLAG = (
+    "checkpoint", "output", "integer", "number", "choice", "choices", "flag",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Param:
+    """What every front end needs to know of a parameter. bounds are inclusive; None means open."""
+
+    kind: str
+    label: str
+    help: str
+    bounds: tuple[float | None, float | None] = (None, None)
+    choices: tuple[tuple[str, str], ...] = ()  # (value, what it means)
+    advanced: bool = False
+    optional: bool = False
+    placeholder: str = ""
+
+
+def param(kind: str, label: str, help: str, default: Any = dataclasses.MISSING, **more) -> Any:
+    """A dataclass field that carries its Param."""
+    return dataclasses.field(default=default, metadata={"param": Param(kind, label, help, **more)})
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Base of all job specs; subclasses are frozen dataclasses whose fields are made by param()."""
+
+    verb: ClassVar[str] = ""
+
+    @classmethod
+    def params(cls) -> dict[str, Param]:
+        return {field.name: field.metadata["param"] for field in fields(cls)}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        return {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields(cls)}
+
+    @classmethod
+    def from_json(cls: type[S], values: Any) -> S:
+        """A checked spec. SpecError on anything unknown, missing, ill-typed or out of bounds."""
+        if not isinstance(values, dict):
+            raise SpecError("The parameters must be an object.", f"Got {type(values).__name__}.")
+        known = cls.params()
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise SpecError(f"Unknown parameter {unknown[0]!r}.", hint=f"{cls.verb} knows: {', '.join(known)}.")
+        checked = {}
+        for field in fields(cls):
+            value = values.get(field.name)
+            if value is None or value == "":
+                if field.default is dataclasses.MISSING:
+                    raise SpecError(f"{field.name!r} is missing.", hint=known[field.name].help)
+                if field.name in values and not known[field.name].optional:
+                    raise SpecError(f"{field.name!r} is empty.", hint=known[field.name].help)
+                continue
+            checked[field.name] = _checked(field.name, known[field.name], value)
+        spec = cls(**checked)
+        spec.check()
+        return spec
+
+    def check(self) -> None:
+        """Rules over several fields; raises SpecError."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def schema(cls) -> dict[str, Any]:
+        """A JSON Schema of the parameters."""
+        required = [f.name for f in fields(cls) if f.default is dataclasses.MISSING]
+        properties = {f.name: _schema(f.metadata["param"], f.default) for f in fields(cls)}
+        return {"type": "object", "title": cls.verb, "properties": properties, "required": required,
+                "additionalProperties": False}  # fmt: skip
+
+
+def read_text(param: Param, text: str) -> Any:
+    """A parameter's value from what a person typed; None if that is nothing. ValueError if it is no number."""
+    text = text.strip()
+    if not text:
+        return None
+    if param.kind == INTEGER:
+        return int(text)
+    if param.kind == NUMBER:
+        return float(text)
+    return [item.strip() for item in text.split(",")] if param.kind == CHOICES else text
+
+
+def _checked(name: str, param: Param, value: Any) -> Any:
+    def wrong(why: str) -> SpecError:
+        return SpecError(f"{name!r} {why}", f"Got {_shown(value)}.", param.help)
+
+    if param.kind in (CHECKPOINT, OUTPUT):
+        if not isinstance(value, str):
+            raise wrong("must be a text.")
+        return value
+    if param.kind == FLAG:
+        if not isinstance(value, bool):
+            raise wrong("must be true or false.")
+        return value
+    if param.kind == CHOICE:
+        allowed = [choice for choice, _ in param.choices]
+        if value not in allowed:
+            raise wrong(f"must be one of {', '.join(allowed)}.")
+        return value
+    if param.kind == CHOICES:
+        allowed = [choice for choice, _ in param.choices]
+        if not isinstance(value, (list, tuple)) or not value or any(item not in allowed for item in value):
+            raise wrong(f"must list one or more of {', '.join(allowed)}.")
+        return tuple(dict.fromkeys(value))
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+        raise wrong("must be a number.")
+    if param.kind == INTEGER:
+        if value != int(value):
+            raise wrong("must be a whole number.")
+        value = int(value)
+    low, high = param.bounds
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise wrong(f"must be {_span(low, high)}.")
+    return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out whole numbers of thousands of digits
+        return "a number of very many digits"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _span(low: float | None, high: float | None) -> str:
+    if low is None:
+        return f"at most {high:g}"
+    return f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+
+
+_JSON_TYPES = {INTEGER: "integer", NUMBER: "number", FLAG: "boolean", CHOICES: "array"}
+
+
+def _schema(param: Param, default: Any) -> dict[str, Any]:
+    kind = _JSON_TYPES.get(param.kind, "string")
+    out: dict[str, Any] = {"type": [kind, "null"] if param.optional else kind, "title": param.label,
+                           "description": param.help}  # fmt: skip
+    allowed = [choice for choice, _ in param.choices]
+    if param.kind == CHOICES:
+        out["items"] = {"type": "string", "enum": allowed}
+    elif allowed:
+        out["enum"] = allowed
+    for key, bound in zip(("minimum", "maximum"), param.bounds, strict=True):
+        if bound is not None:
+            out[key] = bound
+    if default is not dataclasses.MISSING:
+        out["default"] = list(default) if isinstance(default, tuple) else default
+    return out

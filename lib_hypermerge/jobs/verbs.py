@@ -1,0 +1,37 @@
+"""The list of jobs. A new verb is one row here and one module with make_plan and run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from ..errors import SpecError
+from .extract_spec import ExtractSpec
+from .spec import Spec
+
+
+@dataclass(frozen=True)
+class Verb:
+    """title and help are what a person reads; module is imported when the job is planned (it needs torch)."""
+
+    id: str
+    title: str
+    help: str
+    spec: type[Spec]
+    module_name: str
+
+    def load(self) -> ModuleType:
+        return import_module(self.module_name, __package__)
+
+
+VERBS = {
+    "extract": Verb("extract", "Extract", "A LoRA from a fine-tuned checkpoint and its base.", ExtractSpec, ".extract"),
+}
+
+
+def find_verb(name: object) -> Verb:
+    """The verb of that name, or a SpecError that lists all."""
+    if not isinstance(name, str) or name not in VERBS:
+        raise SpecError(f"There is no job {name!r}.", hint=f"There are: {', '.join(VERBS)}.")
+    return VERBS[name]

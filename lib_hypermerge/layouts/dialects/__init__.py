@@ -1,0 +1,1 @@
+"""How adapter files spell the layers of a network."""

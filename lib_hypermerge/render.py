@@ -1,0 +1,60 @@
+"""A report in words, for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .jobs.report import Report
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def percent(share: float) -> str:
+    """A share with as many digits as it deserves."""
+    value = 100 * share
+    return f"{value:.1f} %" if value >= 1 or value == 0 else f"{value:.2g} %"
+
+
+def as_text(report: Report) -> str:
+    """Some twenty lines: what was written, how close it is, what was left out."""
+    d = report.details
+    lines = [f"{output.path}  {mib(output.bytes)}  sha256 {output.sha256[:16]}…" for output in report.outputs]
+    if report.relative_error is not None:
+        lines += _errors(report, d)
+    if d.get("prompt"):
+        lines.append(f"prompt: {d['prompt']}")
+    lines += [f"note: {warning}" for warning in report.warnings]
+    lines.append(f"{report.seconds:.1f} s on {d.get('device', 'cpu')}")
+    return "\n".join(lines)
+
+
+def _could(d: dict[str, Any]) -> str:
+    """What more the file could hold, if it was asked to."""
+    left = " and ".join(f"{count} {kind}" for kind, count in d["not_asked_for"].items() if count)
+    return f", of it {left} that can be included" if left else ""
+
+
+def _errors(report: Report, d: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{d['architecture']}: {report.modules} modules, {report.skipped} skipped "
+        f"({', '.join(f'{n} {why}' for why, n in d['skipped_because'].items() if n) or 'none'}), "
+        f"{report.unreachable} changed tensors out of a LoRA's reach",
+        f"relative error {percent(report.relative_error or 0)} of the change; "
+        f"{percent(d['uncarried_share'])} of the change (squared) is not in the file{_could(d)}",
+    ]
+    for component, part in d["components"].items():
+        worst = max(part["blocks"].items(), key=lambda item: item[1]["relative_error"])
+        lines.append(
+            f"  {component}: error {percent(part['relative_error'])}, "
+            f"{percent(part['share_of_change'])} of the change, "
+            f"worst block {worst[0]} ({percent(worst[1]['relative_error'])})"
+        )
+    ranks = [int(rank) for rank in d["ranks"]]
+    span = "–".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else "none"
+    methods = ", ".join(f"{count} {method}" for method, count in sorted(d["methods"].items()))
+    lines.append(f"  rank {span}; {methods}")
+    curve = ", ".join(f"{p['rank']}: {percent(p['relative_error'])}" for p in d["curve"])
+    lines.append(f"  error with no rank above  {curve}")
+    return lines

@@ -1,0 +1,1 @@
+"""The page: one panel per verb, made from its spec. The only package that imports gradio."""
