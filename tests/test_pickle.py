@@ -2,6 +2,7 @@
 
 import builtins
 import collections
+import functools
 import io
 import os
 import pathlib
@@ -287,19 +288,22 @@ def test_a_truncated_file_is_broken(tmp_path, options, keep):
         open_tensors(path)
 
 
-def saved(options: dict) -> bytes:
+@functools.cache
+def saved(legacy: bool) -> bytes:
+    # Once per run: a legacy file holds the storages' addresses, so that its very length differs from save to save.
     file = io.BytesIO()
-    torch.save({"state_dict": {"a": torch.randn(4, 3), "b": torch.ones(2).half()}, "epoch": 1}, file, **options)
+    content = {"state_dict": {"a": torch.randn(4, 3), "b": torch.ones(2).half()}, "epoch": 1}
+    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
     return file.getvalue()
 
 
-@BOTH
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_damage_gives_a_format_error_or_a_reading(tmp_path, options, data):
-    content = bytearray(saved(options))
+def test_damage_gives_a_format_error_or_a_reading(tmp_path, legacy, data):
+    content = bytearray(saved(legacy))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path / "m.ckpt"
