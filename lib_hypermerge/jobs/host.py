@@ -41,6 +41,22 @@ class Host(Protocol):
         """The file of a name, however the host spells it by now. SpecError if there is none."""
         ...
 
+    def loras(self) -> list[str]:
+        """Names of the LoRA files, as the host lists them."""
+        ...
+
+    def resolve_lora(self, name: str) -> Path:
+        """The file (or PEFT folder) of a name. SpecError if there is none."""
+        ...
+
+    def checkpoint_output(self, name: str) -> Path:
+        """Where a new checkpoint of that name goes. SpecError if the name is none."""
+        ...
+
+    def loaded_checkpoint(self) -> Path | None:
+        """The file whose model the host has in memory at the moment, if any."""
+        ...
+
     def lora_output(self, name: str) -> Path:
         """Where a new LoRA of that name goes. SpecError if the name is none."""
         ...

@@ -11,10 +11,49 @@ from ..errors import SpecError
 
 S = TypeVar("S", bound="Spec")
 
-# kinds of parameters
-CHECKPOINT, OUTPUT, INTEGER, NUMBER, CHOICE, CHOICES, FLAG = (
-    "checkpoint", "output", "integer", "number", "choice", "choices", "flag",
+# kinds of parameters; lora and checkpoint are a model's name, loras a list of WeightedLora, files names of either
+CHECKPOINT, LORA, LORAS, FILES, OUTPUT, TEXT, INTEGER, NUMBER, CHOICE, CHOICES, FLAG = (
+    "checkpoint", "lora", "loras", "files", "output", "text", "integer", "number", "choice", "choices", "flag",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightedLora:
+    """A LoRA as a prompt would use it.
+
+    te_weight: strength in text encoders, None for the same.  blocks: block weights, see block_weights.py.
+    """
+
+    lora: str
+    weight: float = 1.0
+    te_weight: float | None = None
+    blocks: str = ""
+
+    @classmethod
+    def from_json(cls, value: Any) -> WeightedLora:
+        """From a name alone or an object with these fields. SpecError says what is wrong."""
+        if isinstance(value, WeightedLora):
+            return value
+        if isinstance(value, str):
+            value = {"lora": value}
+        known = [field.name for field in fields(cls)]
+        if not isinstance(value, dict) or set(value) - set(known) or not isinstance(value.get("lora"), str):
+            raise SpecError("A LoRA must be a name, or an object with lora and, if you like, "
+                            "weight, te_weight and blocks.", f"Got {_shown(value)}.")  # fmt: skip
+        if not value["lora"]:
+            raise SpecError("A LoRA has no name.", hint="Choose one, or leave its row out.")
+        numbers = [value.get("weight", 1.0), value.get("te_weight") or 0.0]
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not _is_finite(number):
+                raise SpecError(f"A weight of {value['lora']!r} is no number.", f"Got {_shown(number)}.")
+            if abs(number) > MOST_WEIGHT:
+                raise SpecError(f"A weight of {value['lora']!r} is beyond ±{MOST_WEIGHT:g}.", f"Got {number:g}.")
+        if not isinstance(value.get("blocks", ""), str):
+            raise SpecError(f"The block weights of {value['lora']!r} must be a text.")
+        return cls(**value)
+
+
+MOST_WEIGHT = 100.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +68,8 @@ class Param:
     advanced: bool = False
     optional: bool = False
     placeholder: str = ""
+    target: str = "lora"  # what an output is: lora, checkpoint, or folder
+    flag: str = ""  # the command line's name for it, where that is not the field's
 
 
 def param(kind: str, label: str, help: str, default: Any = dataclasses.MISSING, **more) -> Any:
@@ -104,7 +145,15 @@ def _checked(name: str, param: Param, value: Any) -> Any:
     def wrong(why: str) -> SpecError:
         return SpecError(f"{name!r} {why}", f"Got {_shown(value)}.", param.help)
 
-    if param.kind in (CHECKPOINT, OUTPUT):
+    if param.kind == LORAS:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise wrong("must list one or more LoRAs.")
+        return tuple(WeightedLora.from_json(item) for item in value)
+    if param.kind == FILES:
+        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, str) and v for v in value):
+            raise wrong("must list one or more names.")
+        return tuple(value)
+    if param.kind in (CHECKPOINT, LORA, OUTPUT, TEXT):
         if not isinstance(value, str):
             raise wrong("must be a text.")
         return value
@@ -155,7 +204,17 @@ def _span(low: float | None, high: float | None) -> str:
     return f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
 
 
-_JSON_TYPES = {INTEGER: "integer", NUMBER: "number", FLAG: "boolean", CHOICES: "array"}
+_JSON_TYPES = {INTEGER: "integer", NUMBER: "number", FLAG: "boolean", CHOICES: "array", LORAS: "array", FILES: "array"}
+_LORA_SCHEMA = {
+    "oneOf": [
+        {"type": "string"},
+        {
+            "type": "object", "required": ["lora"], "additionalProperties": False,
+            "properties": {"lora": {"type": "string"}, "weight": {"type": "number"},
+                           "te_weight": {"type": ["number", "null"]}, "blocks": {"type": "string"}},
+        },
+    ]
+}  # fmt: skip
 
 
 def _schema(param: Param, default: Any) -> dict[str, Any]:
@@ -165,6 +224,10 @@ def _schema(param: Param, default: Any) -> dict[str, Any]:
     allowed = [choice for choice, _ in param.choices]
     if param.kind == CHOICES:
         out["items"] = {"type": "string", "enum": allowed}
+    elif param.kind == LORAS:
+        out["items"] = _LORA_SCHEMA
+    elif param.kind == FILES:
+        out["items"] = {"type": "string"}
     elif allowed:
         out["enum"] = allowed
     for key, bound in zip(("minimum", "maximum"), param.bounds, strict=True):
