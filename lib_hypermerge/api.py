@@ -34,6 +34,7 @@ def mount(app: FastAPI, runner: Runner, credentials: dict[str, str] | None = Non
 
     route("/schema", lambda: schema(), "GET")
     route("/checkpoints", lambda: {"checkpoints": runner.host.checkpoints()}, "GET")
+    route("/loras", lambda: {"loras": runner.host.loras()}, "GET")
     route("/jobs", submit, "POST")
     route("/jobs", lambda: {"jobs": [job.to_json() for job in runner.jobs()]}, "GET")
     route("/jobs/{job_id}", _of_job(runner, lambda job: None), "GET")

@@ -8,15 +8,14 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from typing import Any
 
 from . import __version__
 from .errors import Cancelled, HypermergeError, SpecError, defect
+from .flags import add_flags, values_of
 from .hosts.standalone import PathHost
 from .jobs.host import Context
 from .jobs.runner import execute, forecast
-from .jobs.spec import CHOICE, CHOICES, FLAG, INTEGER, NUMBER, Param, read_text
 from .jobs.verbs import VERBS, Verb
 
 _THREADS_HELP = "CPU threads, one a layer, at most 8 layers at a time (default: torch's own number)"
@@ -35,39 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for verb in VERBS.values():
         sub = verbs.add_parser(verb.id, help=verb.help, description=verb.help, allow_abbrev=False)
-        required = {name for name, default in verb.spec.defaults().items() if name in verb.spec.schema()["required"]}
-        for name, param in verb.spec.params().items():
-            _add_flag(sub, name, param, name in required, verb.spec.defaults()[name])
+        add_flags(sub, verb.spec)
         sub.add_argument("--threads", type=int, default=0, metavar="N", help=_THREADS_HELP)
         sub.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
         sub.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
         sub.add_argument("--quiet", action="store_true", help="no progress on standard error")
     return parser
-
-
-def _add_flag(parser: argparse.ArgumentParser, name: str, param: Param, required: bool, default: Any) -> None:
-    flag = "--" + name.replace("_", "-")
-    text = f"{param.label}. {param.help}".replace("%", "%%")
-    if param.kind == FLAG:
-        parser.add_argument(flag, action="store_const", const=True, default=argparse.SUPPRESS, help=text)
-        return
-    if default is not None and not required:
-        text += f" (default: {','.join(default) if isinstance(default, tuple) else default})"
-    metavar = {INTEGER: "N", NUMBER: "X"}.get(param.kind, name.upper())
-    if param.kind in (CHOICE, CHOICES):
-        separator = "|" if param.kind == CHOICE else ","
-        metavar = separator.join(value for value, _ in param.choices)
-    parser.add_argument(
-        flag, type=_reader(param), metavar=metavar, required=required, default=argparse.SUPPRESS, help=text
-    )
-
-
-def _reader(param: Param) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        return read_text(param, text)
-
-    read.__name__ = {INTEGER: "whole number", NUMBER: "number"}.get(param.kind, "text")  # argparse's message shows it
-    return read
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,7 +79,7 @@ def _plain(text: str) -> str:
 def _run(
     verb: Verb, values: dict[str, Any], stop: threading.Event, *, threads: int, dry_run: bool, json: bool, quiet: bool
 ) -> int:
-    spec = verb.spec.from_json(values)
+    spec = verb.spec.from_json(values_of(verb.spec, values))
     host = PathHost(threads)
     bar = _Bar(quiet)
     try:

@@ -220,6 +220,36 @@ def test_linked_folders_of_checkpoints_are_listed_and_loops_are_not(tmp_path: Pa
     assert FolderHost(tmp_path / "missing", tmp_path).checkpoints() == []
 
 
+def test_folders_that_are_one_model_are_listed_as_one(tmp_path: Path) -> None:
+    models = {
+        "checkpoints": ["diffusers/model_index.json", "diffusers/unet/diffusion_pytorch_model.safetensors",
+                        "big/model.safetensors.index.json", "big/model-00001-of-00002.safetensors",
+                        "big/model-00002-of-00002.safetensors", "big/other.safetensors"],
+        "loras": ["peft/adapter_config.json", "peft/adapter_model.safetensors", "sub/a.pt", "b.safetensors", "c.txt"],
+    }  # fmt: skip
+    for root, files in models.items():
+        for file in files:
+            (tmp_path / root / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / root / file).touch()
+    host = FolderHost(tmp_path / "checkpoints", tmp_path / "loras")
+    assert host.checkpoints() == ["big/model.safetensors.index.json", "big/other.safetensors", "diffusers"]
+    assert host.loras() == ["b.safetensors", "peft", "sub/a.pt"]
+    assert host.resolve_checkpoint("diffusers") == tmp_path / "checkpoints" / "diffusers"
+    assert host.resolve_lora("peft") == tmp_path / "loras" / "peft"
+    for wrong in ("../loras/b.safetensors", "c.txt", "", str(tmp_path / "loras" / "b.safetensors")):
+        with pytest.raises(SpecError, match="no LoRA"):
+            host.resolve_lora(wrong)
+
+
+def test_a_host_without_a_model_in_memory_says_so(tmp_path: Path) -> None:
+    host = FolderHost(tmp_path / "checkpoints", tmp_path / "loras")
+    assert host.checkpoint_output("new.safetensors") == tmp_path / "checkpoints" / "new.safetensors"
+    with pytest.raises(SpecError, match="file name"):
+        host.checkpoint_output("sub/new")
+    assert PathHost().checkpoint_output("sub/new") == Path("sub/new.safetensors")
+    assert host.loaded_checkpoint() is PathHost().loaded_checkpoint() is None
+
+
 def test_names_of_files_lose_their_suffix_and_must_be_text() -> None:
     assert file_stem("x.SafeTensors") == file_stem(" x.safetensors ") == file_stem("x") == "x"
     assert PathHost().lora_output("folder/x.SAFETENSORS") == Path("folder/x.safetensors")
@@ -232,6 +262,12 @@ def test_an_unknown_job_is_not_found(client: TestClient) -> None:
     assert client.post(f"{JOBS}/nothing/cancel").status_code == 404
 
 
+def test_loras_are_listed(client: TestClient, host: FolderHost) -> None:
+    (host.lora_dir / "listed.safetensors").touch()
+    assert "listed.safetensors" in client.get(api.ROOT + "/loras").json()["loras"]
+    assert {"base.safetensors", "tuned.safetensors"} <= {*client.get(api.ROOT + "/checkpoints").json()["checkpoints"]}
+
+
 def test_the_schema_is_the_spec(client: TestClient) -> None:
     verbs = client.get(api.ROOT + "/schema").json()["verbs"]
     parameters = verbs["extract"]["parameters"]
@@ -242,7 +278,7 @@ def test_the_schema_is_the_spec(client: TestClient) -> None:
 
 def test_credentials_guard_every_route(host: FolderHost) -> None:
     client = client_of(host, {"ann": "s3cret:with colon"})
-    routes = [("get", "/schema"), ("get", "/checkpoints"), ("get", "/jobs"), ("get", "/jobs/x"),
+    routes = [("get", "/schema"), ("get", "/checkpoints"), ("get", "/loras"), ("get", "/jobs"), ("get", "/jobs/x"),
               ("post", "/jobs"), ("post", "/jobs/x/cancel")]  # fmt: skip
     for method, path in routes:
         call = getattr(client, method)

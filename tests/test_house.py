@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from lib_hypermerge.cli import build_parser
+from lib_hypermerge.flags import flag_of
+from lib_hypermerge.jobs import spec as kinds
 from lib_hypermerge.jobs.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +29,8 @@ MAY_USE = {
     "hosts": {"jobs", "files"},
     "render": {"jobs"},
     "synthetic": {"files"},
-    "cli": {"jobs", "hosts", "render"},
+    "flags": {"jobs"},
+    "cli": {"jobs", "hosts", "render", "flags"},
     "api": {"jobs"},
     "ui": {"jobs", "hosts", "render", "api"},
     "demo": {"jobs", "hosts", "render", "files", "layouts", "synthetic"},
@@ -96,9 +99,17 @@ def test_files_stay_about_one_thing() -> None:
 
 def test_flags_and_spec_agree() -> None:
     for verb in VERBS.values():
-        text = build_parser()._subparsers._group_actions[0].choices[verb.id].format_help()  # noqa: SLF001
-        for name in verb.spec.params():
-            assert "--" + name.replace("_", "-") in text
+        parser = build_parser()._subparsers._group_actions[0].choices[verb.id]  # noqa: SLF001
+        actions = {action.dest: action for action in parser._actions}  # noqa: SLF001
+        required = verb.spec.schema()["required"]
+        for name, param in verb.spec.params().items():
+            flags = [] if param.kind == kinds.FILES and name in required else [flag_of(name, param)]
+            assert actions[name].option_strings == flags
+            assert actions[name].required == (name in required)
+            assert param.label in (actions[name].help or "")
+        own = {"help", "threads", "dry_run", "json", "quiet"}
+        blocks = {"blocks"} if any(param.kind == kinds.LORAS for param in verb.spec.params().values()) else set()
+        assert actions.keys() == verb.spec.params().keys() | own | blocks
 
 
 def test_a_mistyped_flag_is_answered_without_torch() -> None:

@@ -63,7 +63,9 @@ def webui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamesp
             checkpoints_list={info.title: info for info in infos},
             checkpoint_aliases={info.name: info for info in infos[:1]},
             checkpoint_tiles=lambda: [info.title for info in infos],
-            list_models=lambda: None,
+            list_models=lambda: state.log.append("listed"),
+            model_path=str(tmp_path / "Stable-diffusion"),
+            model_data=types.SimpleNamespace(sd_model=None),
         ),
         "devices": types.SimpleNamespace(device="privateuseone:0"),
         "initialize_util": types.SimpleNamespace(get_gradio_auth_creds=lambda: iter([("page", "login")])),
@@ -134,11 +136,78 @@ def test_credentials_are_those_of_the_api_or_else_of_the_page(webui) -> None:
 
 
 def test_refresh_tells_the_lora_extension_if_it_is_there(webui, monkeypatch: pytest.MonkeyPatch) -> None:
-    WebUIHost().refresh()  # switched off: nothing to tell
+    WebUIHost().refresh()  # switched off: nothing to tell but the list of checkpoints
+    assert webui.state.log == ["listed"]
     calls = []
     monkeypatch.setitem(sys.modules, "networks", types.SimpleNamespace(list_available_networks=lambda: calls.append(1)))
     WebUIHost().refresh()
     assert calls == [1]
+
+
+@pytest.fixture
+def networks(webui, monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """The Lora extension's lists: a file with an alias of its own, and two that share one."""
+
+    def entry(name: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(filename=str(webui.folder / "Lora" / f"{name}.safetensors"))
+
+    files = {name: entry(name) for name in ("zeta", "Alpha", "beta")}
+    aliases = {**files, "the zeta": files["zeta"], "twin": files["beta"]}
+    module = types.SimpleNamespace(
+        available_networks=files, available_network_aliases=aliases, forbidden_network_aliases={"twin": 1, "none": 1}
+    )
+    monkeypatch.setitem(sys.modules, "networks", module)
+    return module
+
+
+def test_loras_are_those_of_the_prompt_and_peft_folders(webui, networks) -> None:
+    host, folder = WebUIHost(), webui.folder / "Lora"
+    (folder / "peft" / "deep").mkdir(parents=True)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "peft" / "deep" / file).touch()
+    (folder / "unlisted.safetensors").touch()
+    assert host.loras() == ["Alpha", "beta", "zeta", "peft/deep"]
+    assert host.resolve_lora("zeta") == host.resolve_lora("the zeta") == folder / "zeta.safetensors"
+    assert host.resolve_lora("peft/deep") == folder / "peft" / "deep"
+    for wrong in ("twin", "unlisted", "", "../zeta", str(folder / "zeta.safetensors")):
+        with pytest.raises(SpecError, match="no LoRA"):
+            host.resolve_lora(wrong)
+
+
+def test_without_the_lora_extension_its_folders_are_listed(webui) -> None:
+    host, options = WebUIHost(), webui.shared.cmd_opts
+    second = webui.folder / "more"
+    for file in (webui.folder / "Lora" / "a" / "x.safetensors", second / "y.pt", second / "note.txt"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    options.lora_dirs = [str(webui.folder / "Lora"), str(second)]
+    assert sorted(host.loras()) == ["a/x.safetensors", "y.pt"]
+    assert host.resolve_lora("a/x.safetensors") == webui.folder / "Lora" / "a" / "x.safetensors"
+    assert host.resolve_lora("y.pt") == second / "y.pt"
+
+
+def test_checkpoints_go_where_the_user_keeps_them(webui) -> None:
+    host, options = WebUIHost(), webui.shared.cmd_opts
+    assert host.checkpoint_output("new") == webui.folder / "Stable-diffusion" / "new.safetensors"
+    assert (webui.folder / "Stable-diffusion").is_dir()
+    options.ckpt_dirs = [str(webui.folder / "first"), str(webui.folder / "second")]
+    assert host.checkpoint_output("new") == webui.folder / "first" / "new.safetensors"
+    options.ckpt_dir = str(webui.folder / "only")
+    assert host.checkpoint_output("new.safetensors") == webui.folder / "only" / "new.safetensors"
+    with pytest.raises(SpecError, match="file name"):
+        host.checkpoint_output("../new")
+
+
+def test_the_loaded_checkpoint_is_asked_for_without_loading_one(webui) -> None:
+    host, data = WebUIHost(), webui.sd_models.model_data
+    assert not hasattr(webui.shared, "sd_model")  # touching it would load a model
+    assert host.loaded_checkpoint() is None
+    data.sd_model = object()  # Forge has such a placeholder until something is generated
+    assert host.loaded_checkpoint() is None
+    data.sd_model = types.SimpleNamespace(sd_checkpoint_info=webui.infos[0])
+    assert host.loaded_checkpoint() == webui.folder / "plain.safetensors"
+    del webui.sd_models.model_data
+    assert host.loaded_checkpoint() is None
 
 
 def test_a_login_that_cannot_be_read_lets_nobody_in(webui, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import SpecError
-from ..files.opening import CHECKPOINT_SUFFIXES
 from ..jobs.host import Context
+from .folders import checkpoint_names, lora_names
 
 _FORBIDDEN = set('/\\:*?"<>|\0')
 _SUFFIX = re.compile(r"\.safetensors$", re.IGNORECASE)
@@ -35,21 +35,6 @@ def file_stem(name: str) -> str:
     return stem
 
 
-def _files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """All files beneath a folder, linked folders too, but no link back to where it comes from."""
-    try:
-        real, entries = folder.resolve(), list(folder.iterdir())
-    except (OSError, RuntimeError):  # it vanished, is not ours to read, or is a link to itself
-        return
-    if real in above:
-        return
-    for entry in entries:
-        if entry.is_dir():
-            yield from _files(entry, above | {real})
-        elif entry.is_file():
-            yield entry
-
-
 class PathHost:
     """The command line: names are paths."""
 
@@ -62,10 +47,22 @@ class PathHost:
     def resolve_checkpoint(self, name: str) -> Path:
         return Path(name)
 
+    def loras(self) -> list[str]:
+        return []
+
+    def resolve_lora(self, name: str) -> Path:
+        return Path(name)
+
     def lora_output(self, name: str) -> Path:
         path = Path(name)
         file_stem(path.name)
         return path.with_name(_SUFFIX.sub("", path.name) + ".safetensors")
+
+    def checkpoint_output(self, name: str) -> Path:
+        return self.lora_output(name)
+
+    def loaded_checkpoint(self) -> Path | None:
+        return None
 
     def refresh(self) -> None:
         pass
@@ -93,16 +90,22 @@ class FolderHost(PathHost):
         self._turn = threading.Lock()
 
     def checkpoints(self) -> list[str]:
-        found = (p for p in _files(self.checkpoint_dir) if p.suffix.lower() in CHECKPOINT_SUFFIXES)
-        return sorted(p.relative_to(self.checkpoint_dir).as_posix() for p in found)
+        return list(checkpoint_names(self.checkpoint_dir))
 
     def resolve_checkpoint(self, name: str) -> Path:
-        if name not in self.checkpoints():
-            raise SpecError(f"There is no checkpoint {name!r}.", hint="Refresh the list and choose one of it.")
-        return self.checkpoint_dir / name
+        return _listed(checkpoint_names(self.checkpoint_dir), name, "checkpoint")
+
+    def loras(self) -> list[str]:
+        return list(lora_names(self.lora_dir))
+
+    def resolve_lora(self, name: str) -> Path:
+        return _listed(lora_names(self.lora_dir), name, "LoRA")
 
     def lora_output(self, name: str) -> Path:
         return self.lora_dir / f"{file_stem(name)}.safetensors"
+
+    def checkpoint_output(self, name: str) -> Path:
+        return self.checkpoint_dir / f"{file_stem(name)}.safetensors"
 
     @contextlib.contextmanager
     def running(self, job_id: str, on_wait: Callable[[], None]) -> Iterator[Context]:
@@ -113,3 +116,10 @@ class FolderHost(PathHost):
             yield Context()
         finally:
             self._turn.release()
+
+
+def _listed(names: dict[str, Path], name: str, what: str) -> Path:
+    """SpecError if the name is not of the list: a page must not reach other files."""
+    if name not in names:
+        raise SpecError(f"There is no {what} {name!r}.", hint="Refresh the list and choose one of it.")
+    return names[name]

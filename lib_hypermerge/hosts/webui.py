@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..errors import SpecError
 from ..jobs.host import Context
 from ..jobs.runner import Runner
+from .folders import lora_names
 from .standalone import file_stem
 
 _HASH = re.compile(r" \[[0-9a-fA-F]{6,64}\]$")
@@ -44,22 +46,46 @@ class WebUIHost:
         return Path(info.filename)
 
     def lora_output(self, name: str) -> Path:
-        folder = _lora_folder()
+        folder = _lora_folders()[0]
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{file_stem(name)}.safetensors"
 
-    def refresh(self) -> None:
-        """Let the prompt and the cards know new LoRAs."""
-        try:
-            import networks  # of the built-in Lora extension, which a user can switch off
-        except ImportError:
-            return
-        networks.list_available_networks()
+    def loras(self) -> list[str]:
+        return list(_loras())
 
-    def refresh_checkpoints(self) -> None:
+    def resolve_lora(self, name: str) -> Path:
+        """By name or, as in a prompt, by the alias that a file gives itself, where only one file has it."""
+        found = _loras().get(name)
+        if found is None:
+            aliases = getattr(_networks(), "available_network_aliases", {})
+            shared_by_several = getattr(_networks(), "forbidden_network_aliases", {})
+            entry = aliases.get(name) if name.lower() not in shared_by_several else None
+            found = Path(entry.filename) if entry else None
+        if found is None:
+            raise SpecError(f"There is no LoRA {name!r}.", hint="Refresh the list and choose one of it.")
+        return found
+
+    def checkpoint_output(self, name: str) -> Path:
+        folder = _checkpoint_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{file_stem(name)}.safetensors"
+
+    def loaded_checkpoint(self) -> Path | None:
+        """Of the model that is there already: shared.sd_model would load one first."""
+        from modules import sd_models
+
+        model = getattr(getattr(sd_models, "model_data", None), "sd_model", None)
+        info = getattr(model, "sd_checkpoint_info", None)
+        return Path(info.filename) if info else None
+
+    def refresh(self) -> None:
+        """Let lists, prompt and cards know new files."""
         from modules import sd_models
 
         sd_models.list_models()
+        networks = _networks()
+        if networks:
+            networks.list_available_networks()
 
     def device(self) -> str:
         from modules import shared
@@ -125,19 +151,58 @@ class WebUIHost:
         return found or None
 
 
-def _lora_folder() -> Path:
-    """The first of the host's folders of LoRAs; hosts spell the option as one folder, as a list, or not at all."""
+def _networks() -> Any:
+    """The module of the built-in Lora extension; None where a user has switched that off."""
+    try:
+        import networks
+    except ImportError:
+        return None
+    return networks
+
+
+def _loras() -> dict[str, Path]:
+    """Name → path: the prompt's names where the Lora extension is there, names in the folders otherwise.
+
+    PEFT folders, which no prompt knows, stand after the rest.
+    """
+    found: dict[str, Path] = {}
+    for folder in reversed(_lora_folders()):
+        found.update(lora_names(folder))
+    known = getattr(_networks(), "available_networks", None)
+    if known is None:
+        return found
+    folders = {name: path for name, path in found.items() if path.is_dir()}
+    prompts = {name: Path(entry.filename) for name, entry in sorted(known.items(), key=lambda item: item[0].lower())}
+    return {**prompts, **{name: path for name, path in folders.items() if name not in prompts}}
+
+
+def _lora_folders() -> list[Path]:
+    """The host's folders of LoRAs; hosts spell the option as one folder, as a list, or not at all."""
     from modules import shared
 
-    for name in ("lora_dir", "lora_dirs"):
-        value = getattr(shared.cmd_opts, name, None)
-        if isinstance(value, (list, tuple)):
-            value = value[0] if value else None
-        if value:
-            return Path(value)
+    folders = _folders_of(shared.cmd_opts, "lora_dir", "lora_dirs")
+    if folders:
+        return folders
     from modules import paths
 
-    return Path(paths.models_path) / "Lora"
+    return [Path(paths.models_path) / "Lora"]
+
+
+def _checkpoint_folder() -> Path:
+    """Where new checkpoints go: the folder that the user named, or else the host's own."""
+    from modules import sd_models, shared
+
+    named = _folders_of(shared.cmd_opts, "ckpt_dir", "ckpt_dirs")
+    return named[0] if named else Path(sd_models.model_path)
+
+
+def _folders_of(options: object, *names: str) -> list[Path]:
+    found: list[Path] = []
+    for name in names:
+        value = getattr(options, name, None)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        found += [Path(folder) for folder in values if folder and Path(folder) not in found]
+    return found
 
 
 def _pairs(text: object) -> dict[str, str]:

@@ -195,9 +195,7 @@ class Panel:
         return updates if len(updates) != 1 else updates[0]
 
     def _refresh(self, *chosen: str | None) -> Any:
-        refresh = getattr(self.runner.host, "refresh_checkpoints", None)
-        if refresh is not None:
-            refresh()
+        self.runner.host.refresh()
         return self._names(chosen)
 
     def _loaded(self, *chosen: str | None) -> list[Any]:
