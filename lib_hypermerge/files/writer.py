@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,17 +123,22 @@ class SafetensorsWriter:
         """Append a tensor, in its own dtype. Names must be new."""
         import torch
 
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._append(name, name_of(tensor.dtype), tensor.shape, raw.nbytes)
+        self._put(raw)
+
+    def _append(self, name: str, dtype: str, shape: Iterable[int], nbytes: int) -> None:
+        """Enter the next tensor in the header; its bytes follow by _put()."""
         if name in self._entries:
             raise ValueError(f"the tensor {name} was written twice")
-        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        stop = self._data_size + raw.nbytes
-        self._entries[name] = {
-            "dtype": name_of(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [self._data_size, stop],
-        }  # fmt: skip
+        stop = self._data_size + nbytes
+        self._entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [self._data_size, stop]}
+        self._data_size = stop
+
+    def _put(self, raw: memoryview) -> None:
         with self._explained():
             self._write(raw)
         self._data_hash.update(raw)
-        self._data_size = stop
 
     def _write(self, view: memoryview) -> None:
         while len(view):
@@ -186,7 +191,7 @@ class SafetensorsWriter:
         if self._part is not None:
             self._rename_part(self._part)
             self._part = None
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     def _rename_part(self, part: Path) -> None:
         if self.overwrite:
@@ -240,7 +245,7 @@ class SafetensorsWriter:
             self._part = None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     if _WINDOWS:
         return
     with contextlib.suppress(OSError):

@@ -1,0 +1,40 @@
+"""What a merged checkpoint says of itself: all that its source said, and what it was made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from .. import __version__
+from ..layouts.module import Model
+from .adapter_inputs import LoraInput
+from .merge_spec import MergeSpec
+
+# they would be those of another file
+_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def merged_metadata(spec: MergeSpec, model: Model, loras: list[LoraInput], name: str) -> dict[str, str]:
+    """The header's texts. sd_merge_recipe is where AUTOMATIC1111's own merger writes, modelspec.* the Stability
+    ModelSpec; no date, so equal inputs give equal files."""
+    metadata = {key: text for key, text in model.file.metadata.items() if key not in _STALE}
+    metadata.setdefault("format", "pt")
+    parents = [_parent("checkpoint", model.file.path.name, model.file.size)]
+    for lora in loras:
+        parents.append(_parent("lora", lora.file.file.path.name, lora.file.file.size))
+        if digest := lora.file.metadata.get("sshs_model_hash"):
+            parents[-1]["sshs_model_hash"] = digest
+    parameters = {key: value for key, value in spec.to_json().items() if key not in ("out", "overwrite")}
+    parameters["loras"] = [asdict(lora) for lora in spec.loras]
+    recipe = {"version": __version__, "job": "merge", "parameters": parameters, "parents": parents}
+    if "modelspec.title" in metadata:
+        metadata["modelspec.title"] = name
+    metadata["modelspec.merged_from"] = ", ".join(str(parent["name"]) for parent in parents)
+    metadata["sd_merge_recipe"] = json.dumps({"type": "hypermerge", **recipe}, ensure_ascii=False)
+    metadata["hypermerge"] = json.dumps(recipe, ensure_ascii=False)
+    return metadata
+
+
+def _parent(role: str, name: str, size: int) -> dict[str, Any]:
+    return {"role": role, "name": name, "bytes": size}

@@ -1,0 +1,246 @@
+"""What a merge will read, change and write; made from headers, and where every refusal happens."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import SpecError
+from ..files.checkpoint_writer import TensorPlan, header_of
+from ..files.dtypes import FLOATS, ITEMSIZE, OUTPUT_DTYPES, torch_dtype
+from ..files.source import TensorInfo
+from ..files.writer import check_target
+from ..layouts.adapter_file import Entry
+from ..layouts.module import Model
+from ..layouts.opening import open_checkpoint
+from . import block_weights
+from .adapter_inputs import LoraInput, open_lora
+from .host import Host
+from .merge_metadata import merged_metadata
+from .merge_spec import KEEP, MergeSpec
+from .spec import WeightedLora
+
+_DTYPES = {**OUTPUT_DTYPES, "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
+_EIGHT_BITS = frozenset(("F8_E4M3", "F8_E5M2"))
+_BIAS_PARTS = frozenset(("diff_b", "b_norm", "bias_values"))
+_PROCESS_BYTES = 320 << 20  # Python with torch, about
+
+
+@dataclass(frozen=True)
+class Step:
+    """One adapter's part in one tensor: rows start…stop of it, at a strength. bias: its bias_change, not its change."""
+
+    lora: LoraInput
+    entry: Entry
+    start: int
+    stop: int
+    strength: float
+    bias: bool = False
+
+
+@dataclass
+class MergePlan:
+    """Holds all files open; use as a context or close() it.
+
+    steps: by the checkpoint's tensor names, in the order in which they are applied.  tensors: what will be written.
+    """
+
+    spec: MergeSpec
+    output: Path
+    model: Model
+    loras: list[LoraInput] = field(default_factory=list)
+    steps: dict[str, list[Step]] = field(default_factory=dict)
+    tensors: dict[str, TensorPlan] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    applied: Counter[str] = field(default_factory=Counter)  # modules by component
+    zeroed: int = 0  # modules whose weight is 0
+    homeless_biases: int = 0
+    warnings: list[str] = field(default_factory=list)
+    begun: float = field(default_factory=time.perf_counter)
+
+    def __enter__(self) -> MergePlan:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.model.file.close()
+        for lora in self.loras:
+            lora.close()
+
+    @property
+    def order(self) -> list[TensorInfo]:
+        """The checkpoint's tensors as they lie in the file."""
+        return sorted(self.model.file.tensors.values(), key=lambda info: (info.offset, info.name))
+
+    @property
+    def bytes(self) -> int:
+        """The file's size, exactly."""
+        return 8 + len(header_of(self.tensors, self.metadata)) + sum(plan.nbytes for plan in self.tensors.values())
+
+    @property
+    def unmatched(self) -> int:
+        return sum(len(lora.resolution.unmatched) + len(lora.file.unknown) for lora in self.loras)
+
+    @property
+    def bytes_per_worker(self) -> int:
+        """What one worker holds: the largest changed tensor as stored, as computed on, and as written."""
+        return max((10 * self.model.file.tensors[name].numel for name in self.steps), default=0)
+
+    def expected_seconds(self, threads: int) -> float:
+        """A rough forecast: reading, products and hashing shared by the cores, and the disk."""
+        numbers = sum(info.numel for info in self.model.file.tensors.values())
+        return 1.0 + (self.bytes / 1.2e9 + numbers / 1.5e9) * 2 / max(1, min(threads or os.cpu_count() or 1, 2))
+
+    def to_json(self, host: Host) -> dict[str, Any]:
+        """What the forecast shows."""
+        return {
+            "verb": "merge",
+            "architecture": self.model.title,
+            "modules": sum(self.applied.values()),
+            "components": dict(self.applied),
+            "left_out": self.zeroed,
+            "unmatched": self.unmatched,
+            "expected_bytes": self.bytes,
+            "most_bytes": self.bytes,
+            "expected_seconds": round(self.expected_seconds(host.threads()), 1),
+            "expected_memory": _PROCESS_BYTES + 4 * self.bytes_per_worker,
+            "output": str(self.output),
+            "warnings": self.warnings,
+        }
+
+
+def make_plan(spec: MergeSpec, host: Host) -> MergePlan:
+    """Open and check everything. Raises SpecError, FormatError, LayoutError, UnchangedError, OutputError."""
+    output = host.checkpoint_output(spec.out)
+    model = open_checkpoint(host.resolve_checkpoint(spec.checkpoint))
+    plan = MergePlan(spec, output, model)
+    try:
+        for item in spec.loras:
+            lora = open_lora(host.resolve_lora(item.lora), model)
+            plan.loras.append(lora)
+            _add_steps(plan, lora, item)
+        _refuse_output(plan, host)
+        _plan_tensors(plan)
+        plan.metadata = merged_metadata(spec, model, plan.loras, output.stem)
+        _gather_warnings(plan)
+        check_target(output, plan.bytes, spec.overwrite)
+    except BaseException:
+        plan.close()
+        raise
+    return plan
+
+
+def _refuse_output(plan: MergePlan, host: Host) -> None:
+    """The output may be none of the inputs, nor the model that a WebUI has in memory."""
+    inputs = [plan.model.file.path, *(lora.file.file.path for lora in plan.loras)]
+    if any(_same(plan.output, path) for path in inputs):
+        raise SpecError(
+            f"{plan.output.name} would replace one of the files that it is made from.", hint="Choose another name."
+        )
+    loaded = host.loaded_checkpoint()
+    if loaded is not None and _same(plan.output, loaded):
+        raise SpecError(
+            f"{plan.output.name} is the checkpoint that is loaded at the moment.",
+            "The WebUI would go on with the old one in memory, and Windows cannot replace it.",
+            "Choose another name, or load another checkpoint first.",
+        )
+
+
+def _same(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:
+        return False
+
+
+def _add_steps(plan: MergePlan, lora: LoraInput, item: WeightedLora) -> None:
+    weights = block_weights.parse(item.blocks, plan.model.architecture.id)
+    te_weight = item.weight if item.te_weight is None else item.te_weight
+    for entry, target in lora.resolution.targets:
+        module = target.module
+        strength = item.weight if module.component == "unet" else te_weight
+        strength *= weights.of(module.component, module.block)
+        if strength == 0:
+            plan.zeroed += 1
+            continue
+        plan.applied[module.component] += 1
+        if module.weight is not None and set(entry.shapes) - _BIAS_PARTS:
+            _add_step(plan, module.weight, lora, entry, (target.start, target.stop), strength, False)
+        if _BIAS_PARTS & entry.parts.keys():
+            if module.bias is None:
+                plan.homeless_biases += 1
+            else:
+                _add_step(plan, module.bias, lora, entry, (target.start, target.stop), strength, True)
+
+
+def _add_step(
+    plan: MergePlan, info: TensorInfo, lora: LoraInput, entry: Entry, rows: tuple[int, int], strength: float, bias: bool
+) -> None:
+    """info may be the q, k or v rows of a fused tensor: the step counts rows within the whole."""
+    whole = plan.model.file.tensors[info.name]
+    row = math.prod(whole.shape[1:]) if whole.stride is None else whole.stride[0]
+    first = (info.offset - whole.offset) // (row * ITEMSIZE[whole.dtype]) if row else 0
+    step = Step(lora, entry, first + rows[0], first + rows[1], strength, bias)
+    plan.steps.setdefault(info.name, []).append(step)
+
+
+def _plan_tensors(plan: MergePlan) -> None:
+    component_of = _components(plan.model)
+    wanted = {"unet": plan.spec.dtype, "vae": plan.spec.vae_dtype}
+    for name in wanted.values():
+        if name != KEEP:
+            _check_format(name)
+    if plan.spec.te_dtype != KEEP:
+        _check_format(plan.spec.te_dtype)
+    for info in plan.order:
+        component = component_of.get(info.name)
+        choice = KEEP if component is None else wanted.get(component, plan.spec.te_dtype)
+        dtype = info.dtype
+        if choice != KEEP and dtype in FLOATS:
+            dtype = _DTYPES[choice]
+            if dtype in _EIGHT_BITS and len(info.shape) < 2:  # norms and biases are small, and hosts expect 16 bits
+                dtype = info.dtype if ITEMSIZE[info.dtype] <= 2 else "F16"
+        plan.tensors[info.name] = TensorPlan(dtype, info.shape)
+
+
+def _check_format(choice: str) -> None:
+    try:
+        torch_dtype(_DTYPES[choice])
+    except Exception as error:
+        raise SpecError(
+            f"The number format {choice} is not there.", str(error), "Choose another, or update torch."
+        ) from None
+
+
+def _components(model: Model) -> dict[str, str]:
+    """The component of each tensor of the checkpoint."""
+    out = {}
+    for component, modules in model.components.items():
+        for module in modules.values():
+            for info in (module.weight, module.bias):
+                if info is not None:
+                    out[info.name] = component
+    return out | dict.fromkeys((info.name for info in model.vae.values()), "vae")
+
+
+def _gather_warnings(plan: MergePlan) -> None:
+    for lora in plan.loras:
+        plan.warnings += lora.warnings
+        if lora.file.embeddings:
+            plan.warnings.append(
+                f"{lora.file.file.path.name} brings {len(lora.file.embeddings)} tensors of embeddings; a checkpoint "
+                "cannot hold them: keep the LoRA's embedding as a file of its own."
+            )
+    if plan.homeless_biases:
+        plan.warnings.append(
+            f"{plan.homeless_biases} modules change a bias that their layer does not have; it was left out."
+        )
+    if not plan.steps:
+        plan.warnings.append("Every weight is 0: the result is a copy of the checkpoint.")
