@@ -14,10 +14,15 @@ from ..errors import FormatError
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
+BIAS = "diff_b"
+
 
 @dataclass(frozen=True)
 class LowRank:
-    """ΔW (flattened to (n, k)) = scale · up · down with up (n, r), down (r, k) as stored."""
+    """ΔW (flattened to (n, k)) = scale · up · down with up (n, r), down (r, k).
+
+    The two may be of different dtypes: a factor that stands in the file is as stored.
+    """
 
     up: torch.Tensor
     down: torch.Tensor
@@ -32,11 +37,12 @@ class Adapter(ABC):
     """One module of an adapter file.
 
     The change at strength 1 is change(W); a host that applies the file at strength s sets W + s·change(W), for
-    every family, as AUTOMATIC1111 does. Tensors are kept as stored; arithmetic is done in the dtype of the
-    weight that is handed in (float32, or float64 where a caller wants more).
+    every family, as AUTOMATIC1111 does. Tensors are kept as stored (16, 32 or 8 bit); arithmetic is done in the
+    dtype of the weight that is handed in: float32, or float64 where a caller wants more.
 
     Part names are kohya's and LyCORIS': what follows the module's name in a file, e.g. `lora_up.weight`,
-    `hada_w1_a`, `alpha`. alpha: None where the file gives none, which means a scale of 1.
+    `hada_w1_a`. alpha: None where the file gives none, which means a scale of 1.  scale: the file's own, which
+    goes before alpha / rank.
     """
 
     family: ClassVar[str]
@@ -55,17 +61,28 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
+    def _fits(cls, shapes: Shapes, weight: Shape) -> bool:
+        """fits(), but for the bias."""
+
+    @classmethod
     def fits(cls, shapes: Shapes, weight: Shape) -> bool:
         """Whether the change has the size of such a weight. shapes have passed check()."""
+        return cls._fits(shapes, weight) and (BIAS not in shapes or flat(shapes[BIAS]) == (weight[0], 1))
 
     @classmethod
     def rank(cls, shapes: Shapes) -> int | None:
         """The number that the file's trainer called its dimension, None where the family has none."""
         return None
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], alpha: float | None = None):
+    @classmethod
+    def notes(cls, shapes: Shapes) -> list[str]:
+        """What programs that read such a module are known to do otherwise than its definition."""
+        return [f"AUTOMATIC1111 leaves out {BIAS}, the change of the bias."] if BIAS in shapes else []
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], alpha: float | None = None, scale: float | None = None):
         self.tensors = dict(tensors)
         self.alpha = alpha
+        self._scale = scale
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -73,7 +90,9 @@ class Adapter(ABC):
 
     @property
     def scale(self) -> float:
-        """alpha / rank; 1 where the file gives no alpha."""
+        """The file's own; else alpha / rank, 1 where it gives no alpha either."""
+        if self._scale is not None:
+            return self._scale
         rank = self.rank(self.shapes)
         return 1.0 if self.alpha is None or not rank else self.alpha / rank
 
@@ -81,9 +100,34 @@ class Adapter(ABC):
     def change(self, weight: torch.Tensor) -> torch.Tensor:
         """ΔW at strength 1, in weight's shape, dtype and device. weight is not modified."""
 
-    def low_rank(self) -> LowRank | None:
-        """The change in factored form, exactly; None where the family has no such form."""
+    def bias_change(self) -> torch.Tensor | None:
+        """The change (n,) of the layer's bias at strength 1, None if there is none. A layer may have no bias yet."""
+        return self.tensors[BIAS].flatten() if BIAS in self.tensors else None
+
+    def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank | None:
+        """The change in factored form, exactly.
+
+        None where the family has no such form, or one whose rank reaches the weight's short side (a plain LoRA
+        always has its own). Products that have to be formed for it are formed in dtype.
+        """
         return None
+
+    def like(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A part in the weight's dtype, on its device."""
+        return self.tensors[name].to(weight.device, weight.dtype)
+
+
+def flat(shape: Shape) -> tuple[int, int]:
+    """The size as a matrix: rows, and everything else."""
+    k = 1
+    for size in shape[1:]:
+        k *= size
+    return shape[0] if shape else 1, k
+
+
+def squeezed(shape: Shape) -> Shape:
+    """Without the 1×1 that tells a convolution from a linear layer."""
+    return shape[:2] if len(shape) > 2 and all(size == 1 for size in shape[2:]) else shape
 
 
 def require(shapes: Shapes, family: str, *names: str) -> None:
@@ -95,6 +139,7 @@ def require(shapes: Shapes, family: str, *names: str) -> None:
             )
 
 
-def disagree(family: str, why: str) -> FormatError:
+def disagree(family: str, shapes: Shapes, *names: str) -> FormatError:
     """The error for parts whose sizes contradict each other."""
-    return FormatError(f"The parts of a {family} module do not fit together.", why, "The file is damaged.")
+    sizes = ", ".join(f"{name} is {list(shapes[name])}" for name in names if name in shapes)
+    return FormatError(f"The parts of a {family} module do not fit together.", f"{sizes}.", "The file is damaged.")

@@ -7,21 +7,37 @@ from collections.abc import Collection, Mapping
 import torch
 
 from ..errors import FormatError
+from . import dora
 from .adapter import Adapter, Shapes
+from .full import Full
+from .glora import Glora
+from .ia3 import Ia3
+from .loha import Loha
+from .lokr import Lokr
 from .lora import Lora
+from .lora_sparse import SparseLora
+from .norm import Norm
+from .oft import Oft
+from .svdiff import Svdiff
 
-FAMILIES: tuple[type[Adapter], ...] = (Lora,)
+# The first that matches: SparseLora before what it extends, Full last because a bias may stand beside any.
+FAMILIES: tuple[type[Adapter], ...] = (SparseLora, Lora, Loha, Lokr, Oft, Glora, Ia3, Norm, Svdiff, Full)
 
-ALPHA = "alpha"
+ALPHA, SCALE = "alpha", "scale"
 
 
 def find(parts: Collection[str]) -> type[Adapter] | None:
-    """The family of a module with these part names."""
-    return next((family for family in FAMILIES if family.matches(parts)), None)
+    """The family of a module with these part names; with DoRA's magnitudes among them, DoRA on that family."""
+    within = dora.without_magnitudes(parts)
+    family = next((family for family in FAMILIES if family.matches(within)), None)
+    return dora.over(family) if family is not None and len(within) < len(parts) else family
 
 
 def family_of(shapes: Shapes) -> type[Adapter]:
-    """The family of a module, complete and consistent. FormatError says what is wrong otherwise."""
+    """The family of a module, complete and consistent. FormatError says what is wrong otherwise.
+
+    The single numbers alpha and scale may be among the shapes or not.
+    """
     family = find(shapes)
     if family is None:
         raise FormatError(f"No family of adapters has the parts {', '.join(sorted(shapes))}.")
@@ -32,9 +48,10 @@ def family_of(shapes: Shapes) -> type[Adapter]:
 def build(tensors: Mapping[str, torch.Tensor], alpha: float | None = None) -> Adapter:
     """The adapter of a module from its tensors by part name.
 
-    alpha: from a configuration beside the file; a tensor `alpha` among the tensors goes before it.
+    alpha: from a configuration beside the file; a tensor `alpha` among the tensors goes before it, and a tensor
+    `scale` before alpha / rank.
     """
     tensors = dict(tensors)
-    own = tensors.pop(ALPHA, None)
+    own, scale = tensors.pop(ALPHA, None), tensors.pop(SCALE, None)
     family = family_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    return family(tensors, float(own) if own is not None else alpha)
+    return family(tensors, alpha if own is None else own.item(), None if scale is None else scale.item())

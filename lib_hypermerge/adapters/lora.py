@@ -1,6 +1,7 @@
 """LoRA and LoCon: ΔW = alpha/r · up·down (Hu et al. 2021, arXiv 2106.09685; LyCORIS for convolutions).
 
 With `lora_mid` (LyCORIS' Tucker form, "CP"): ΔW[o,i,y,x] = alpha/r · Σ_pq up[o,p] · mid[p,q,y,x] · down[q,i].
+`lora_up.bias` (PEFT's lora_bias) changes the layer's bias by alpha/r times itself.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from .adapter import Adapter, LowRank, Shape, Shapes, disagree, require
+from .adapter import Adapter, LowRank, Shape, Shapes, disagree, flat, require, squeezed
 
-UP, DOWN, MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
+UP, DOWN, MID, UP_BIAS = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "lora_up.bias"
 
 
 class Lora(Adapter):
-    """The family; a convolution has a down (r, c, kh, kw) and an up (n, r, 1, 1)."""
+    """The family; a convolution has a down (r, c, kh, kw) and an up (n, r, 1, 1), both possibly flattened."""
 
     family, title = "lora", "LoRA"
 
@@ -27,49 +28,51 @@ class Lora(Adapter):
     def check(cls, shapes: Shapes) -> None:
         require(shapes, cls.title, UP, DOWN)
         up, down, mid = shapes[UP], shapes[DOWN], shapes.get(MID)
-        if len(up) < 2 or len(down) < 2 or any(size != 1 for size in up[2:]):
-            raise disagree(cls.title, f"up is {list(up)}, down is {list(down)}.")
-        if mid is None:
-            if up[1] != down[0]:
-                raise disagree(cls.title, f"up has rank {up[1]}, down has rank {down[0]}.")
-        elif len(mid) != 4 or mid[0] != up[1] or mid[1] != down[0] or any(size != 1 for size in down[2:]):
-            raise disagree(cls.title, f"up is {list(up)}, mid is {list(mid)}, down is {list(down)}.")
+        if len(squeezed(up)) != 2 or len(down) < 2:
+            good = False
+        elif mid is None:
+            good = up[1] == down[0]
+        else:
+            good = len(mid) == 4 and mid[:2] == (up[1], down[0]) and len(squeezed(down)) == 2
+        if not good or (UP_BIAS in shapes and flat(shapes[UP_BIAS]) != (up[0], 1)):
+            raise disagree(cls.title, shapes, UP, MID, DOWN, UP_BIAS)
 
     @classmethod
-    def fits(cls, shapes: Shapes, weight: Shape) -> bool:
+    def _fits(cls, shapes: Shapes, weight: Shape) -> bool:
         up, down, mid = shapes[UP], shapes[DOWN], shapes.get(MID)
-        kernel = down[2:] if mid is None else mid[2:]
-        made = (up[0], down[1], *kernel)
-        return _squeezed(made) == _squeezed(weight) or (mid is None and _flat(made) == _flat(weight))
+        if mid is not None:
+            return squeezed((up[0], down[1], *mid[2:])) == squeezed(weight)
+        made = (up[0], *down[1:])
+        return squeezed(made) == squeezed(weight) or (len(down) == 2 and made == flat(weight))
 
     @classmethod
     def rank(cls, shapes: Shapes) -> int | None:
         return shapes[DOWN][0] if DOWN in shapes else None
 
-    def low_rank(self) -> LowRank:
+    @classmethod
+    def notes(cls, shapes: Shapes) -> list[str]:
+        bias = ["AUTOMATIC1111 and Forge leave out lora_up.bias, a change of the bias."] if UP_BIAS in shapes else []
+        return super().notes(shapes) + bias
+
+    def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank | None:
         up, down = self.tensors[UP].flatten(1), self.tensors[DOWN]
         mid = self.tensors.get(MID)
         if mid is not None:
-            wide = torch.float64 if torch.float64 in (mid.dtype, down.dtype) else torch.float32
-            down = torch.einsum("pqyx,qi->piyx", mid.to(wide), down.to(wide).flatten(1))
+            down = torch.einsum("pqyx,qi->piyx", mid.to(dtype), down.to(dtype).flatten(1))
         return LowRank(up, down.flatten(1), self.scale)
 
     def change(self, weight: torch.Tensor) -> torch.Tensor:
-        low = self.low_rank()
+        low = Lora.low_rank(self, weight.dtype)
+        assert low is not None
         up, down = (factor.to(weight.device, weight.dtype) for factor in (low.up, low.down))
-        return (low.scale * (up @ down)).reshape(weight.shape)
+        return ((low.scale * up) @ down).reshape(weight.shape)
 
-
-def _squeezed(shape: Shape) -> Shape:
-    """Without the 1×1 that tells a convolution from a linear layer."""
-    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
-
-
-def _flat(shape: Shape) -> tuple[int, int]:
-    k = 1
-    for size in shape[1:]:
-        k *= size
-    return shape[0], k
+    def bias_change(self) -> torch.Tensor | None:
+        own, more = super().bias_change(), self.tensors.get(UP_BIAS)
+        if more is None:
+            return own
+        more = self.scale * more.to(torch.promote_types(more.dtype, torch.float32)).flatten()
+        return more if own is None else own.to(more.dtype) + more
 
 
 def tensors(

@@ -1,0 +1,38 @@
+"""SVDiff: shifts of a weight's singular values, one vector `delta` per layer (arXiv 2303.11305; svdiff-pytorch)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from ..algebra import svdiff
+from .adapter import Adapter, Shape, Shapes, disagree, flat
+
+DELTA = "delta"
+
+
+class Svdiff(Adapter):
+    """The family; a normalisation's weight (n,) counts as one row and has a single shift."""
+
+    family, title, needs_weight = "svdiff", "SVDiff", True
+
+    @classmethod
+    def matches(cls, parts: Collection[str]) -> bool:
+        return DELTA in parts
+
+    @classmethod
+    def check(cls, shapes: Shapes) -> None:
+        if len(shapes[DELTA]) != 1:
+            raise disagree(cls.title, shapes, DELTA)
+
+    @classmethod
+    def _fits(cls, shapes: Shapes, weight: Shape) -> bool:
+        return shapes[DELTA] == (min(flat(weight)),)
+
+    @classmethod
+    def notes(cls, shapes: Shapes) -> list[str]:
+        return ["No WebUI reads spectral shifts."]
+
+    def change(self, weight: torch.Tensor) -> torch.Tensor:
+        return svdiff.change(weight, self.like(DELTA, weight))
