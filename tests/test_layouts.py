@@ -13,6 +13,8 @@ from lib_hypermerge.layouts.detect import recognise
 from lib_hypermerge.layouts.module import EMBEDDING, LAYER_GROUPS, LORA_KINDS, NORM, PARAMETER
 from lib_hypermerge.layouts.tables import NAMES, narrow, shapes
 
+ON_A1111 = tuple(name for name in NAMES if name.startswith("sd"))
+
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 # layers that no LoRA changes on A1111, whatever it is called
@@ -51,6 +53,11 @@ def model(table_name):
     return model_of(shapes(table_name))
 
 
+@pytest.fixture(scope="module", params=ON_A1111)
+def sd_model(request):
+    return model_of(shapes(request.param))
+
+
 # --- what is recognised -------------------------------------------------------------------------------------
 
 FACTS = {  # architecture, variant, components, layers that a LoRA changes
@@ -58,6 +65,7 @@ FACTS = {  # architecture, variant, components, layers that a LoRA changes
     "sd15_inpainting": ("sd1", "inpainting", {"unet": 281, "te": 72}),
     "sd21": ("sd2", "", {"unet": 282, "te": 144}),
     "sdxl": ("sdxl", "", {"unet": 794, "te1": 72, "te2": 192}),
+    "flux_dev": ("flux", "", {"unet": 19 * 10 + 38 * 3 + 10}),
 }
 
 
@@ -98,6 +106,10 @@ def test_groups_and_blocks(model):
     for m in modules_of(model):
         assert m.block
         assert m.group in (LAYER_GROUPS if m.name and m.kind in LORA_KINDS else ("",))
+
+
+def test_blocks_of_a_unet(sd_model):
+    model = sd_model
     blocks = {m.block for m in modules_of(model) if m.component == "unet"}
     last = "08" if "label_emb.0.0" in model.components["unet"] else "11"
     assert {"IN00", f"IN{last}", "MID", "OUT00", f"OUT{last}", "TIME", "OUT"} <= blocks
@@ -175,16 +187,17 @@ def test_names_as_in_real_files(model, table_name):
         assert found == key
 
 
-def test_a1111_resolves_every_name_to_the_layer_that_is_meant(model, table_name):
-    layers = a1111.host_layers(list(shapes(table_name)))
+def test_a1111_resolves_every_name_to_the_layer_that_is_meant(sd_model):
+    model = sd_model
+    layers = a1111.host_layers(list(model.file.tensors))
     for m in modules_of(model):
         if m.name:
             key = m.weight.name.removesuffix(".weight").removesuffix(".in_proj_weight")
             assert a1111.resolve(m.name, layers) == (key, m.part or ""), m.name
 
 
-def test_nothing_that_a1111_could_reach_is_left_without_a_name(model, table_name):
-    for m in modules_of(model):
+def test_nothing_that_a1111_could_reach_is_left_without_a_name(sd_model):
+    for m in modules_of(sd_model):
         if m.name:
             continue
         open_clip_norm = m.kind == NORM and ".model." in m.weight.name and "diffusion" not in m.weight.name
@@ -208,8 +221,13 @@ def test_format_does_not_matter(model, table_name, dtype):
     assert described(model_of(shapes(table_name), dtype)) == described(model)
 
 
-@pytest.mark.parametrize("prefix", ["diffusion_model.", "unet.", ""])
-def test_a_unet_alone_under_any_prefix(model, table_name, prefix):
+def test_a_unet_under_the_prefix_of_its_own(sd_model):
+    table = {"unet." + k[len(UNET) :]: i.shape for k, i in sd_model.file.tensors.items() if k.startswith(UNET)}
+    assert described(model_of(table)).items() <= described(sd_model).items()
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
+def test_a_denoiser_alone_under_any_prefix(model, table_name, prefix):
     table = {prefix + k[len(UNET) :]: s for k, s in shapes(table_name).items() if k.startswith(UNET)}
     alone = model_of(table)
     assert alone.title == model.title and not alone.vae and not alone.ignored
@@ -226,8 +244,9 @@ def test_old_names_ema_copies_and_schedules(model, table_name):
     assert spelled.ignored == {"EMA copies": len(ema) + 1, "other tensors": 2}
 
 
-def test_text_encoders_alone(model, table_name):
-    table = {k: s for k, s in shapes(table_name).items() if not k.startswith((UNET, VAE))}
+def test_text_encoders_alone(sd_model):
+    model = sd_model
+    table = {k: i.shape for k, i in model.file.tensors.items() if not k.startswith((UNET, VAE))}
     alone = model_of(table)
     assert alone.architecture is model.architecture and "unet" not in alone.components
 

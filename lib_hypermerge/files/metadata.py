@@ -19,6 +19,7 @@ class BaseModel:
     architecture: str  # modelspec.architecture, without the /lora
     resolution: int
     is_v2: bool = False
+    implementation: str = "https://github.com/Stability-AI/generative-models"
 
 
 def lora_metadata(
@@ -52,7 +53,7 @@ def lora_metadata(
         "ss_session_id": "0",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{base.architecture}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.implementation": base.implementation,
         "modelspec.title": name,
         "modelspec.resolution": f"{base.resolution}x{base.resolution}",
         "hypermerge": json.dumps({"version": __version__, **recipe}, ensure_ascii=False),

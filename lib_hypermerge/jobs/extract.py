@@ -175,7 +175,7 @@ class _Extraction:
             "relative_error": round(self.measures.relative_error, 6),
         }  # fmt: skip
         return lora_metadata(
-            name=self.plan.output.stem, base=self.plan.base.architecture.base, base_file=self.plan.base.file.path.name,
+            name=self.plan.output.stem, base=self.plan.base.base, base_file=self.plan.base.file.path.name,
             ranks=self.ranks, conv_ranks=self.conv_ranks, recipe=recipe,
         )  # fmt: skip
 

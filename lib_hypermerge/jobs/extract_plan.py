@@ -10,10 +10,9 @@ from typing import Any
 from ..adapters.lora import tensor_bytes
 from ..errors import LayoutError, SpecError, UnchangedError
 from ..files.dtypes import ITEMSIZE, OUTPUT_DTYPES
-from ..files.opening import open_tensors
 from ..files.writer import check_target
-from ..layouts.detect import recognise
 from ..layouts.module import CONV, Model
+from ..layouts.opening import open_checkpoint
 from .extract_spec import ExtractSpec
 from .host import Host
 from .pairing import Pair, Pairing, pair
@@ -151,22 +150,22 @@ def make_plan(spec: ExtractSpec, host: Host) -> ExtractPlan:
     """
     base_path, tuned_path = host.resolve_checkpoint(spec.base), host.resolve_checkpoint(spec.tuned)
     output = host.lora_output(spec.out)
-    opened = []
+    opened: list[Model] = []
     try:
         for path in (base_path, tuned_path):
-            opened.append(open_tensors(path))
-        if opened[0].is_same(opened[1]):
+            opened.append(open_checkpoint(path))
+        base, tuned = opened
+        if base.file.is_same(tuned.file):
             raise UnchangedError(
                 "Base and fine-tune are the same file.", "A LoRA of it would change nothing.", "Choose two checkpoints."
             )
-        base, tuned = (recognise(file) for file in opened)
         plan = _plan_layers(spec, output, base, tuned)
         check_target(output, plan.least_free_bytes, spec.overwrite)
         if output.exists() and any(output.samefile(p) for p in (base_path, tuned_path)):
             raise SpecError("The output is one of the inputs.", hint="Choose another name.")
     except BaseException:
-        for file in opened:
-            file.close()
+        for model in opened:
+            model.file.close()
         raise
     return plan
 

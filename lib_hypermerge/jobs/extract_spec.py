@@ -48,8 +48,13 @@ class ExtractSpec(Spec):
         None, optional=True,
     )  # fmt: skip
     components: tuple[str, ...] = param(
-        CHOICES, "Components", "te is every text encoder; te1 and te2 are SDXL's CLIP-L and CLIP-G.", ("unet", "te"),
-        choices=(("unet", "UNet"), ("te", "all text encoders"), ("te1", "CLIP-L of SDXL"), ("te2", "CLIP-G of SDXL")),
+        CHOICES, "Components",
+        "unet is also the transformer of SD3 and Flux. te is every text encoder; te1 is CLIP-L, te2 CLIP-G, te3 T5.",
+        ("unet", "te"),
+        choices=(
+            ("unet", "UNet or transformer"), ("te", "all text encoders"),
+            ("te1", "CLIP-L of SDXL, SD3, Flux"), ("te2", "CLIP-G of SDXL, SD3"), ("te3", "T5 of SD3, Flux"),
+        ),
     )  # fmt: skip
     layers: tuple[str, ...] = param(
         CHOICES, "Layer groups", "Which kinds of layers to include.", LAYER_GROUPS, advanced=True,

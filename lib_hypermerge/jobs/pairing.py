@@ -47,7 +47,7 @@ class Pairing:
 
 def pair(base: Model, tuned: Model, components: Iterable[str]) -> Pairing:
     """Match two models. LayoutError if they are of different architectures or shapes."""
-    if base.architecture is not tuned.architecture or base.variant != tuned.variant:
+    if not base.is_kind_of(tuned):
         raise LayoutError(
             "Base and fine-tune are of different kinds.",
             f"{base.file.path.name} is {base.title}, {tuned.file.path.name} is {tuned.title}.",

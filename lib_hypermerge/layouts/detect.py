@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ..errors import LayoutError
 from ..files.dtypes import FLOATS
 from ..files.source import TensorFile, TensorInfo
-from .module import CONV, CONV1X1, EMBEDDING, LINEAR, NORM, PARAMETER, Architecture, ComponentTable, Model, Module
+from .flux import FLUX
+from .module import (
+    CONV,
+    CONV1X1,
+    EMBEDDING,
+    LINEAR,
+    NORM,
+    PARAMETER,
+    Architecture,
+    ComponentTable,
+    Lookup,
+    Model,
+    Module,
+)
 from .sd1 import SD1
 from .sd2 import SD2
 from .sdxl import SDXL
 
-ARCHITECTURES = (SD1, SD2, SDXL)
+ARCHITECTURES = (SD1, SD2, SDXL, FLUX)
 
-_VAE_PREFIX = "first_stage_model."
-_VARIANTS = {9: "inpainting", 8: "instruct-pix2pix"}
 _LORA_MARKS = (
     ".lora_up.",
     ".lora_down.",
@@ -38,12 +49,14 @@ _SCALES = (
     ".weight.absmax",
     ".weight.quant_map",
 )
-_OTHERS = (
-    ("double_blocks.0.", "a Flux model"),
-    ("joint_blocks.0.", "a Stable Diffusion 3 model"),
-    ("down_blocks.0.resnets.0", "a UNet in diffusers' own layout"),
-    ("decoder.up.0.block.0", "a VAE"),
+_DENOISERS = (
+    ("input_blocks.0.0.weight", "a UNet of another plan, such as an SDXL refiner, SD2 unCLIP or a ControlNet"),
+    ("double_blocks.0.", "a relative of Flux, such as Chroma or Flux.2, or a part of Flux"),
+    ("joint_blocks.0.", "a relative or a part of Stable Diffusion 3"),
+    ("down_blocks.0.resnets.0", "a UNet in diffusers' own layout; name the folder it lies in"),
 )
+_VAE = ("decoder.up.0.block.0", "a VAE")
+_EMBEDDINGS = ("_embedding", "shared", "relative_attention_bias", "embed_tokens")
 
 
 def recognise(file: TensorFile) -> Model:
@@ -54,8 +67,11 @@ def recognise(file: TensorFile) -> Model:
             f"{file.path.name} is a LoRA, not a checkpoint.", hint="Name the checkpoint files themselves here."
         )
     architecture = _architecture(file)
-    _refuse_scales(file)
-    model = Model(architecture, _variant(architecture, names), file)
+    vae = architecture.vae_prefixes
+    _refuse_scales(file, vae)
+    denoiser = _prefix(architecture.components[0], names)
+    variant = "" if denoiser is None else architecture.variant(_lookup(denoiser, names))
+    model = Model(architecture, variant, file)
     claimed: set[str] = set()
     for table in architecture.components:
         prefix = _prefix(table, names)
@@ -64,16 +80,19 @@ def recognise(file: TensorFile) -> Model:
             _refuse_integers(file, own)
             claimed |= own.keys()
             model.components[table.id] = dict(_modules(table, prefix, own))
-    model.vae = {k[len(_VAE_PREFIX) :]: v for k, v in names.items() if k.startswith(_VAE_PREFIX) and v.dtype in FLOATS}
-    for name in names:
-        if name not in claimed and not name.startswith(_VAE_PREFIX):
+    for name, info in names.items():
+        start = next((prefix for prefix in vae if name.startswith(prefix)), None)
+        if start is not None and name not in claimed:
+            if info.dtype in FLOATS:
+                model.vae[name[len(start) :]] = info
+        elif name not in claimed:
             what = "EMA copies" if name.startswith("model_ema.") else "other tensors"
             model.ignored[what] = model.ignored.get(what, 0) + 1
     return model
 
 
-def _refuse_scales(file: TensorFile) -> None:
-    scales = [name for name in file.tensors if name.endswith(_SCALES) and not name.startswith(_VAE_PREFIX)]
+def _refuse_scales(file: TensorFile, vae: tuple[str, ...]) -> None:
+    scales = [name for name in file.tensors if name.endswith(_SCALES) and not name.startswith(vae)]
     if scales:
         raise _quantised(file, scales, "Its weights mean nothing without factors that are stored beside them")
 
@@ -102,37 +121,39 @@ def _prefix(table: ComponentTable, names: Iterable[str]) -> str | None:
     return next((prefix for prefix in table.prefixes if prefix + table.probe in names), None)
 
 
+def _lookup(prefix: str, names: Mapping[str, TensorInfo]) -> Lookup:
+    return lambda path: names.get(prefix + path)
+
+
 def _architecture(file: TensorFile) -> Architecture:
     names = file.tensors
-    unet = _prefix(SD1.components[0], names)
-    if unet is not None:
-        if f"{unet}label_emb.0.0.weight" in names:
-            if not any(name.startswith(f"{unet}input_blocks.9.") for name in names):
-                return SDXL
-            raise _unknown(file, "It has class embeddings and twelve input blocks: an SDXL refiner or SD2 unCLIP.")
-        projection = names.get(f"{unet}input_blocks.1.1.proj_in.weight")
-        if projection is not None:
-            return SD1 if len(projection.shape) == 4 else SD2
-        raise _unknown(file, "Its UNet has no attention in the first block.")
     for architecture in ARCHITECTURES:
-        if all(_prefix(table, names) is not None for table in architecture.components[1:]):
+        prefix = _prefix(architecture.components[0], names)
+        if prefix is not None and architecture.matches(_lookup(prefix, names)):
             return architecture
-    kind = next((title for mark, title in _OTHERS if any(mark in name for name in names)), None)
+    kind = _kind(names, _DENOISERS)
+    if kind is None and not any(name.startswith("model.diffusion_model.") for name in names):
+        best = max(ARCHITECTURES, key=lambda a: (_text_encoders(a, names), -len(a.components)))
+        if _text_encoders(best, names):
+            return best
+        kind = _kind(names, (_VAE,))
     raise _unknown(file, f"It looks like {kind}." if kind else "None of its tensors has a name that a checkpoint has.")
+
+
+def _kind(names: Iterable[str], marks: tuple[tuple[str, str], ...]) -> str | None:
+    return next((title for mark, title in marks if any(mark in name for name in names)), None)
+
+
+def _text_encoders(architecture: Architecture, names: Iterable[str]) -> int:
+    return sum(_prefix(table, names) is not None for table in architecture.components[1:])
 
 
 def _unknown(file: TensorFile, why: str) -> LayoutError:
     return LayoutError(
-        f"{file.path.name} is no Stable Diffusion 1, 2 or XL checkpoint.",
+        f"{file.path.name} is no Stable Diffusion or Flux.1 checkpoint.",
         why,
-        "Name a checkpoint in the original (CompVis/Stability) layout.",
+        "Name a checkpoint in the original (Stability or Black Forest Labs) layout, or a folder in diffusers' layout.",
     )
-
-
-def _variant(architecture: Architecture, names: dict[str, TensorInfo]) -> str:
-    prefix = _prefix(architecture.components[0], names)
-    first = names.get(f"{prefix}input_blocks.0.0.weight")
-    return _VARIANTS.get(first.shape[1], "") if first is not None and len(first.shape) == 4 else ""
 
 
 def _modules(table: ComponentTable, prefix: str, own: dict[str, TensorInfo]):
@@ -160,7 +181,7 @@ def _module(table: ComponentTable, path: str, weight: TensorInfo, bias: TensorIn
     if rank == 4:
         kind = CONV1X1 if weight.shape[2:] == (1, 1) else CONV
     elif rank == 2:
-        kind = EMBEDDING if path.endswith("_embedding") else LINEAR
+        kind = EMBEDDING if path.endswith(_EMBEDDINGS) else LINEAR
     else:
         kind = NORM if rank == 1 else PARAMETER
     name = table.rename(path) if kind in (LINEAR, CONV1X1, CONV) or (kind == NORM and table.norms_reachable) else None

@@ -61,14 +61,28 @@ class ComponentTable:
     roots: tuple[str, ...] = ()  # first path segments, needed where the prefix may be empty
 
 
+# a denoiser's path → its tensor, None if it has no such
+Lookup = Callable[[str], TensorInfo | None]
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """A family of checkpoints; a new one is a new table."""
+    """A family of checkpoints; a new one is a new table.
+
+    components: the denoiser first, then text encoders.  matches: whether a denoiser that has the probe of the
+    first component is of this family.  variant: which member, "" for the usual.  bases: metadata of variants
+    that have their own.  alike: variants whose layers have the same shapes, so that one can be the base of another.
+    """
 
     id: str
     title: str
     base: BaseModel
     components: tuple[ComponentTable, ...]
+    matches: Callable[[Lookup], bool]
+    variant: Callable[[Lookup], str] = lambda find: ""
+    bases: Mapping[str, BaseModel] = field(default_factory=dict)
+    alike: frozenset[str] = frozenset()
+    vae_prefixes: tuple[str, ...] = ("first_stage_model.",)
 
 
 @dataclass
@@ -76,12 +90,22 @@ class Model:
     """An open checkpoint seen as modules."""
 
     architecture: Architecture
-    variant: str  # "", "inpainting", "instruct-pix2pix"
+    variant: str  # "", "inpainting", "schnell", "3.5 large" …
     file: TensorFile
     components: dict[str, dict[str, Module]] = field(default_factory=dict)
-    vae: Mapping[str, TensorInfo] = field(default_factory=dict)
+    vae: dict[str, TensorInfo] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)  # what → how many tensors
 
     @property
     def title(self) -> str:
         return self.architecture.title + (f" {self.variant}" if self.variant else "")
+
+    @property
+    def base(self) -> BaseModel:
+        """How metadata names it."""
+        return self.architecture.bases.get(self.variant, self.architecture.base)
+
+    def is_kind_of(self, other: Model) -> bool:
+        """Whether both have the same layers, so that a difference between them means something."""
+        same = self.variant == other.variant or {self.variant, other.variant} <= self.architecture.alike
+        return self.architecture is other.architecture and same

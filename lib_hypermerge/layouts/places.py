@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _UNET_BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.")
-_TEXT_BLOCK = re.compile(r"(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
+_TEXT_BLOCK = re.compile(r"(?:encoder\.layers|transformer\.resblocks|encoder\.block)\.(\d+)\.")
 
 
 def unet(path: str) -> tuple[str, str]:
@@ -36,7 +36,7 @@ def _unet_group(path: str) -> str:
 
 
 def text_encoder(path: str) -> tuple[str, str]:
-    """(block, group) of a CLIP or open_clip path: L00… or EMB."""
+    """(block, group) of a CLIP, open_clip or T5 path: L00… or EMB."""
     match = _TEXT_BLOCK.match(path)
     block = f"L{int(match[1]):02d}" if match else "EMB"
-    return block, "feedforward" if ".mlp." in path else "attention"
+    return block, "feedforward" if ".mlp." in path or ".DenseReluDense." in path else "attention"

@@ -6,7 +6,7 @@ from ..files.metadata import BaseModel
 from . import places
 from .dialects import kohya
 from .module import Architecture, ComponentTable
-from .sd1 import UNET
+from .sd1 import UNET, projects_by, unet_variant
 
 SD2 = Architecture(
     id="sd2",
@@ -24,4 +24,6 @@ SD2 = Architecture(
             norms_reachable=False,
         ),
     ),
+    matches=partial(projects_by, 2),
+    variant=unet_variant,
 )

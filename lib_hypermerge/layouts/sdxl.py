@@ -5,8 +5,15 @@ from functools import partial
 from ..files.metadata import BaseModel
 from . import places
 from .dialects import kohya
-from .module import Architecture, ComponentTable
-from .sd1 import UNET_PREFIXES, UNET_ROOTS
+from .module import Architecture, ComponentTable, Lookup
+from .sd1 import UNET_PREFIXES, UNET_ROOTS, unet_variant
+
+
+def _matches(find: Lookup) -> bool:
+    """Class embeddings and nine input blocks; the refiner and SD2 unCLIP have twelve."""
+    classes, tenth = find("label_emb.0.0.weight"), find("input_blocks.9.0.in_layers.0.weight")
+    return classes is not None and tenth is None and find("input_blocks.9.0.op.weight") is None
+
 
 SDXL = Architecture(
     id="sdxl",
@@ -34,4 +41,6 @@ SDXL = Architecture(
             norms_reachable=False,
         ),
     ),
+    matches=_matches,
+    variant=unet_variant,
 )

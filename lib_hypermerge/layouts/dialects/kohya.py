@@ -1,8 +1,8 @@
 """kohya-ss names: what sd-scripts writes and A1111, Forge and ComfyUI read.
 
-The UNet of SD1 and SD2 goes by diffusers' block names, that of SDXL by the checkpoint's own path;
-text encoders by Hugging Face CLIP paths, open_clip ones too. Dots become underscores.
-Source: kohya-ss/sd-scripts networks/lora.py; A1111 extensions-builtin/Lora/networks.py.
+The UNet of SD1 and SD2 goes by diffusers' block names, other denoisers by the checkpoint's own path;
+text encoders by Hugging Face CLIP and T5 paths, open_clip ones too. Dots become underscores.
+Source: kohya-ss/sd-scripts networks/lora.py, lora_flux.py, lora_sd3.py; A1111 extensions-builtin/Lora/networks.py.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ _OPEN_CLIP = {
 _BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.?(.*)")
 _MIDDLE = re.compile(r"middle_block\.(\d)\.(.*)")
 _HF_LAYER = re.compile(r"encoder\.layers\.\d+\..+")
+_T5_LAYER = re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.w\w+)")
 _OPEN_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 
 
 def unet_path(path: str) -> str:
-    """SDXL, and everything in SD1/SD2 that has no diffusers name a WebUI knows: the path itself."""
+    """SDXL, SD3, Flux, and what in SD1/SD2 has no diffusers name a WebUI knows: the path itself."""
     return "lora_unet_" + path.replace(".", "_")
 
 
@@ -64,7 +65,7 @@ def clip(prefix: str, path: str) -> str | None:
     A1111 finds the last norm only under SDXL's prefix, in SD1 too.
     """
     if path == "final_layer_norm":
-        return "lora_te1_text_model_final_layer_norm"
+        return f"{'lora_te1' if prefix == 'lora_te' else prefix}_text_model_final_layer_norm"
     return f"{prefix}_text_model_{path.replace('.', '_')}" if _HF_LAYER.fullmatch(path) else None
 
 
@@ -74,3 +75,8 @@ def open_clip(prefix: str, path: str) -> str | None:
     if not match or match[2] not in _OPEN_CLIP:
         return None
     return f"{prefix}_text_model_encoder_layers_{match[1]}_" + _OPEN_CLIP[match[2]].replace(".", "_")
+
+
+def t5(path: str) -> str | None:
+    """A Hugging Face T5 layer, e.g. encoder.block.0.layer.0.SelfAttention.q: always the third text encoder."""
+    return f"lora_te3_{path.replace('.', '_')}" if _T5_LAYER.fullmatch(path) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 
-NAMES = ("sd15", "sd15_inpainting", "sd21", "sdxl")
+NAMES = ("sd15", "sd15_inpainting", "sd21", "sdxl", "flux_dev")
 
 
 def shapes(name: str) -> dict[str, tuple[int, ...]]:
