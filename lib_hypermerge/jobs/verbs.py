@@ -7,6 +7,7 @@ from importlib import import_module
 from types import ModuleType
 
 from ..errors import SpecError
+from .convert_spec import ConvertSpec
 from .extract_spec import ExtractSpec
 from .spec import Spec
 
@@ -27,7 +28,11 @@ class Verb:
 
 VERBS = {
     "extract": Verb("extract", "Extract", "A LoRA from a fine-tuned checkpoint and its base.", ExtractSpec, ".extract"),
-}
+    "convert": Verb(
+        "convert", "Convert", "A LoRA in another dialect or family, a checkpoint in another number format.",
+        ConvertSpec, ".convert",
+    ),
+}  # fmt: skip
 
 
 def find_verb(name: object) -> Verb:
