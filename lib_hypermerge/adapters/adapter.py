@@ -4,33 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from ..algebra.factored import LowRank
 from ..errors import FormatError
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 BIAS = "diff_b"
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """ΔW (flattened to (n, k)) = scale · up · down with up (n, r), down (r, k).
-
-    The two may be of different dtypes: a factor that stands in the file is as stored.
-    """
-
-    up: torch.Tensor
-    down: torch.Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
 
 
 class Adapter(ABC):
@@ -135,11 +119,11 @@ def require(shapes: Shapes, family: str, *names: str) -> None:
     for name in names:
         if name not in shapes:
             raise FormatError(
-                f"A {family} module lacks {name}.", "The file is incomplete.", "Download or save it again."
+                f"A module lacks {name}, a part of {family}.", "The file is incomplete.", "Download or save it again."
             )
 
 
 def disagree(family: str, shapes: Shapes, *names: str) -> FormatError:
     """The error for parts whose sizes contradict each other."""
     sizes = ", ".join(f"{name} is {list(shapes[name])}" for name in names if name in shapes)
-    return FormatError(f"The parts of a {family} module do not fit together.", f"{sizes}.", "The file is damaged.")
+    return FormatError(f"The parts of a module ({family}) do not fit together.", f"{sizes}.", "The file is damaged.")

@@ -13,7 +13,8 @@ from collections.abc import Collection
 
 import torch
 
-from .adapter import Adapter, LowRank, Shape, Shapes, disagree, flat, require, squeezed
+from ..algebra.factored import LowRank
+from .adapter import Adapter, Shape, Shapes, disagree, flat, require, squeezed
 
 A1, B1, A2, B2 = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 T1, T2 = "hada_t1", "hada_t2"

@@ -13,7 +13,8 @@ from collections.abc import Collection
 
 import torch
 
-from .adapter import Adapter, LowRank, Shape, Shapes, disagree, flat, require, squeezed
+from ..algebra.factored import LowRank
+from .adapter import Adapter, Shape, Shapes, disagree, flat, require, squeezed
 
 W1, A1, B1 = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 W2, A2, B2, T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"

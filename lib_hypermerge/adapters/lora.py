@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from .adapter import Adapter, LowRank, Shape, Shapes, disagree, flat, require, squeezed
+from ..algebra.factored import LowRank
+from .adapter import Adapter, Shape, Shapes, disagree, flat, require, squeezed
 
 UP, DOWN, MID, UP_BIAS = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "lora_up.bias"
 

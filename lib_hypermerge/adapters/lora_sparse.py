@@ -10,7 +10,8 @@ from collections.abc import Collection
 
 import torch
 
-from .adapter import LowRank, Shapes, disagree, flat, require
+from ..algebra.factored import LowRank
+from .adapter import Shapes, disagree, flat, require
 from .lora import Lora
 
 INDICES, VALUES, SIZE = "bias_indices", "bias_values", "bias_size"

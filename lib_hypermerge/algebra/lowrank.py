@@ -93,14 +93,15 @@ def factorise(matrix: Matrix, basis: svd.Basis, r: int, dtype: torch.dtype) -> F
     if error2 < _PRECISE_BELOW * matrix.energy:
         left, right, S, error2 = _complete(A, matrix.energy, svd.refine(A, basis), r, dtype, precise=True)
     up, down = (left, right) if matrix.wide else (right.mT, left.mT)
-    signs = _signs(up)
+    signs = signs_of(up)
     up, down = (up * signs).cpu().contiguous(), (down * signs[:, None]).cpu().contiguous()
-    _check_range(up, dtype)
-    _check_range(down, dtype)
+    check_range(up, dtype)
+    check_range(down, dtype)
     return Factors(up, down, S, error2, matrix.energy)
 
 
-def _check_range(factor: torch.Tensor, dtype: torch.dtype) -> None:
+def check_range(factor: torch.Tensor, dtype: torch.dtype) -> None:
+    """NumericalError if dtype could not hold a factor."""
     if not factor.isfinite().all():
         raise NumericalError(
             f"A change is too large for {str(dtype).removeprefix('torch.')}.",
@@ -119,7 +120,7 @@ def _complete(A: torch.Tensor, energy: float, basis: svd.Basis, r: int, dtype: t
     M = A.mT if basis.side == "left" else A  # rows of `first` live in M's row space
     first = basis.rows[: len(S)] * S.sqrt().to(A.device, torch.float32)[:, None]
     first = first.to(dtype).float()
-    _check_range(first, dtype)
+    check_range(first, dtype)
     alive = first.any(1)
     if not alive.all():  # too small for dtype
         alive = alive if alive.any() else torch.arange(len(S), device=A.device) == 0
@@ -128,7 +129,7 @@ def _complete(A: torch.Tensor, energy: float, basis: svd.Basis, r: int, dtype: t
         P, G = (svd.product64(first, X).cpu() for X in (M.mT, first.mT))  # (r, m), (r, r)
     else:
         P, G = times_transposed(M, first).mT.cpu().double(), (first @ first.mT).cpu().double()
-    second = _least_squares(G, P).to(dtype).float()  # (r, m)
+    second = least_squares(G, P).to(dtype).float()  # (r, m)
     if precise:
         error2 = _residual(M, second.to(A.device), first)
     else:
@@ -139,7 +140,7 @@ def _complete(A: torch.Tensor, energy: float, basis: svd.Basis, r: int, dtype: t
     return left, right, S, error2
 
 
-def _least_squares(G: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+def least_squares(G: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     """X that minimises ‖M − Xᵀ·F‖, given G = F·Fᵀ and P = F·Mᵀ, all float64."""
     scale = G.diagonal().clamp_min(1e-300).rsqrt()  # equilibrate: S may span many orders of magnitude
     G = G * scale[:, None] * scale
@@ -147,7 +148,7 @@ def _least_squares(G: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(G, scale[:, None] * P) * scale[:, None]
 
 
-def _signs(up: torch.Tensor) -> torch.Tensor:
+def signs_of(up: torch.Tensor) -> torch.Tensor:
     """±1 per column, to make each column's largest entry positive, so that equal inputs give equal files."""
     largest = up.gather(0, up.float().abs().argmax(0, keepdim=True))[0]
     return torch.where(largest < 0, -1.0, 1.0).to(up.dtype)
