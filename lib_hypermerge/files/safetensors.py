@@ -11,12 +11,12 @@ from pathlib import Path
 
 from ..errors import FormatError
 from .dtypes import ITEMSIZE
-from .source import TensorFile, TensorInfo, is_possible
+from .source import StoredFile, TensorInfo, is_possible
 
 MAX_HEADER = 100_000_000
 
 
-class SafetensorsFile(TensorFile):
+class SafetensorsFile(StoredFile):
     """A .safetensors file; FormatError says what is wrong with a broken one."""
 
     def __init__(self, path: Path):

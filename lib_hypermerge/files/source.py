@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,8 +50,62 @@ class TensorInfo:
         return TensorInfo(self.name, self.dtype, shape, self.offset + start * step * ITEMSIZE[self.dtype], self.stride)
 
 
-class TensorFile:
-    """An open file of tensors. Subclasses fill `tensors` and `metadata` from the header alone.
+Identity = tuple[int, int, int, int]  # device, inode, size, time of the last change
+
+
+class TensorFile(ABC):
+    """An open file of tensors, or several that look like one (VirtualFile)."""
+
+    path: Path
+    size: int  # bytes on the disk
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the files; no more can be read."""
+
+    @property
+    def parts(self) -> tuple[TensorFile, ...]:
+        """The files on the disk that it consists of."""
+        return (self,)
+
+    @abstractmethod
+    def is_same(self, other: TensorFile) -> bool:
+        """Whether both are one file (or the same files), by whatever names."""
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """InputChangedError if the path no longer holds the file that was opened, or it was written to."""
+
+    @abstractmethod
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill view with the file's bytes from offset on. Thread-safe."""
+
+    def read(self, info: TensorInfo) -> torch.Tensor:
+        """The tensor in its stored format, in fresh memory."""
+        import torch
+
+        if info.numel == 0:
+            return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        if info.stride is None:
+            raw = torch.empty(info.nbytes, dtype=torch.uint8)
+            self.read_into(info.offset, raw.numpy().data)
+            return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
+        span = 1 + sum((size - 1) * step for size, step in zip(info.shape, info.stride, strict=True))
+        raw = torch.empty(span * ITEMSIZE[info.dtype], dtype=torch.uint8)
+        self.read_into(info.offset, raw.numpy().data)
+        return raw.view(torch_dtype(info.dtype)).as_strided(info.shape, info.stride).contiguous()
+
+
+class StoredFile(TensorFile):
+    """One file on the disk. Subclasses fill `tensors` and `metadata` from the header alone.
 
     Reading uses positioned reads into the caller's memory and no memory map: a map would count the
     whole file as resident, and on Windows would keep it from being replaced.
@@ -73,24 +128,16 @@ class TensorFile:
         self.size = self._stat[2]
 
     @staticmethod
-    def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
+    def _identity(stat: os.stat_result) -> Identity:
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
     def close(self) -> None:
         self._file.close()
 
     def is_same(self, other: TensorFile) -> bool:
-        """Whether both are one file, by whatever names."""
-        return self._stat == other._stat
+        return len(other.parts) == 1 and isinstance(other.parts[0], StoredFile) and other.parts[0]._stat == self._stat
 
     def check_unchanged(self) -> None:
-        """InputChangedError if the path no longer holds the file that was opened, or it was written to."""
         try:
             now = self._identity(self.path.stat())
         except OSError:
@@ -103,7 +150,6 @@ class TensorFile:
             )
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        """Fill view with the file's bytes from offset on. Thread-safe."""
         done, total = 0, len(view)
         while done < total:
             try:
@@ -123,18 +169,3 @@ class TensorFile:
         with self._lock:  # Windows has no positioned read
             self._file.seek(offset)
             return self._file.readinto(view) or 0
-
-    def read(self, info: TensorInfo) -> torch.Tensor:
-        """The tensor in its stored format, in fresh memory."""
-        import torch
-
-        if info.numel == 0:
-            return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-        if info.stride is None:
-            raw = torch.empty(info.nbytes, dtype=torch.uint8)
-            self.read_into(info.offset, raw.numpy().data)
-            return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
-        span = 1 + sum((size - 1) * step for size, step in zip(info.shape, info.stride, strict=True))
-        raw = torch.empty(span * ITEMSIZE[info.dtype], dtype=torch.uint8)
-        self.read_into(info.offset, raw.numpy().data)
-        return raw.view(torch_dtype(info.dtype)).as_strided(info.shape, info.stride).contiguous()
