@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import FormatError
 from .dtypes import ITEMSIZE
-from .source import TensorFile, TensorInfo, is_possible
+from .source import StoredFile, TensorInfo, is_possible
 from .unpickle import Decoder, TensorRef
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -23,8 +23,10 @@ _MAX_EXPANDED = 1 << 30  # bytes of a tensor that repeats its numbers by strides
 
 
 def _tensors_in(root) -> dict[str, TensorRef]:
-    """The state dict in what a pickle holds: under `state_dict`, at the top, or one level down."""
+    """The state dict in what a pickle holds: under `state_dict`, at the top, or one level down; a list by number."""
     candidates = []
+    if isinstance(root, (list, tuple)):
+        candidates = [dict(enumerate(root))]
     if isinstance(root, dict):
         inner = [value for value in root.values() if isinstance(value, dict)]
         named = [root["state_dict"]] if isinstance(root.get("state_dict"), dict) else []
@@ -33,7 +35,7 @@ def _tensors_in(root) -> dict[str, TensorRef]:
     return max(tables, key=len, default={})
 
 
-class PickleFile(TensorFile):
+class PickleFile(StoredFile):
     """A torch pickle. FormatError if it is broken or names anything but tensors and containers."""
 
     def __init__(self, path: Path):
