@@ -112,11 +112,36 @@ window.hypermerge = window.hypermerge || (() => {
         if (typeof switch_to_txt2img === "function") switch_to_txt2img();
     }
 
+    // a checkpoint that was just written becomes the WebUI's model
+    function load(name) {
+        if (typeof selectCheckpoint === "function") selectCheckpoint(name);
+    }
+
+    const row = (verb, name, index) => find(verb, `${name}_${index}_row`);
+
+    // shows the next of the rows that are in the page already; the button goes with the last
+    function addRow(verb, name, rows) {
+        const spare = Array.from({length: rows}, (_, index) => row(verb, name, index))
+            .filter((one) => one.classList.contains("hypermerge-spare"));
+        spare[0]?.classList.remove("hypermerge-spare");
+        find(verb, `${name}_add`).classList.toggle("hypermerge-spare", spare.length <= 1);
+    }
+
+    // the values of an empty row; it goes out of sight unless it is the first
+    function clearRow(verb, name, index) {
+        const cleared = row(verb, name, index);
+        const graph = cleared.querySelector("details");
+        if (graph) graph.open = false;
+        cleared.classList.toggle("hypermerge-spare", index > 0);
+        find(verb, `${name}_add`).classList.remove("hypermerge-spare");
+        return [null, 1, "", ""];
+    }
+
     // there is nothing to send to without a WebUI
     function markHost() {
         document.documentElement.classList.toggle("hypermerge-alone", !root().querySelector("#txt2img_prompt"));
     }
     if (typeof onUiLoaded === "function") onUiLoaded(markHost); else markHost();
 
-    return {start, ended, resume, resumed, suggest, task: (verb) => tasks[verb] || "", copy, send};
+    return {start, ended, resume, resumed, suggest, task: (verb) => tasks[verb] || "", copy, send, load, addRow, clearRow};
 })();

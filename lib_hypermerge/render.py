@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .jobs.report import Report
@@ -18,11 +19,11 @@ def percent(share: float) -> str:
 
 
 def as_text(report: Report) -> str:
-    """Some twenty lines: what was written, how close it is, what was left out."""
+    """Some twenty lines: what was written, what the verb has to say of it, and notes."""
     d = report.details
     lines = [f"{output.path}  {mib(output.bytes)}  sha256 {output.sha256[:16]}…" for output in report.outputs]
-    if report.relative_error is not None:
-        lines += _errors(report, d)
+    if report.verb in TEXTS:
+        lines += TEXTS[report.verb](report)
     if d.get("prompt"):
         lines.append(f"prompt: {d['prompt']}")
     lines += [f"note: {warning}" for warning in report.warnings]
@@ -36,7 +37,8 @@ def _could(d: dict[str, Any]) -> str:
     return f", of it {left} that can be included" if left else ""
 
 
-def _errors(report: Report, d: dict[str, Any]) -> list[str]:
+def _extract(report: Report) -> list[str]:
+    d = report.details
     lines = [
         f"{d['architecture']}: {report.modules} modules, {report.skipped} skipped "
         f"({', '.join(f'{n} {why}' for why, n in d['skipped_because'].items() if n) or 'none'}), "
@@ -58,3 +60,33 @@ def _errors(report: Report, d: dict[str, Any]) -> list[str]:
     curve = ", ".join(f"{p['rank']}: {percent(p['relative_error'])}" for p in d["curve"])
     lines.append(f"  error with no rank above  {curve}")
     return lines
+
+
+def counts(table: Mapping[str, int]) -> str:
+    """"192 LoRA, 3 norm", the largest first; "none" for nothing."""
+    ordered = sorted(table.items(), key=lambda item: -item[1])
+    return ", ".join(f"{count} {name}" for name, count in ordered if count) or "none"
+
+
+def _merge(report: Report) -> list[str]:
+    d = report.details
+    lines = [
+        f"{d['architecture']}: {d['changed_tensors']} tensors changed, {d['carried_tensors']} carried over",
+        f"modules by component: {counts(d['components'])}; by family: {counts(d['families'])}",
+    ]
+    lines += [
+        f"  {lora['name']} ({lora['dialect']}): {lora['modules']} modules"
+        + (f", {lora['unmatched']} unmatched" if lora["unmatched"] else "")
+        for lora in d["loras"]
+    ]
+    if d["unreachable_tensors"]:
+        lines.append(f"unmatched: {', '.join(d['unreachable_tensors'][:5])}{_more(d['unreachable_tensors'], 5)}")
+    return lines
+
+
+def _more(items: list[str], shown: int) -> str:
+    return f", … ({len(items)})" if len(items) > shown else ""
+
+
+# verb → the lines that only its report has; a verb's own file may supply them
+TEXTS: dict[str, Callable[[Report], list[str]]] = {"extract": _extract, "merge": _merge}

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-import socket
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-import gradio as gr
 import pytest
-import uvicorn
 from models import base_weights, rank_change, save_pair, tuned_weights
+from pages import SOON, Site, choose, choose_models, field, open_page, panel_of, result, served, text_box, type_into
 from playwright.sync_api import Page, expect
 from safetensors import safe_open
 
@@ -23,36 +17,7 @@ from lib_hypermerge.jobs.extract_layers import LayerWork
 from lib_hypermerge.jobs.extract_spec import ExtractSpec
 from lib_hypermerge.jobs.runner import Runner
 from lib_hypermerge.jobs.verbs import VERBS
-from lib_hypermerge.ui.page import app_of
-from lib_hypermerge.ui.panel import Panel
 from lib_hypermerge.ui.tab import build_tab
-
-SOON = 30_000  # ms; a slow machine is no failure
-
-
-@dataclass
-class Site:
-    """A running page over two folders."""
-
-    url: str
-    runner: Runner
-
-    @property
-    def host(self) -> FolderHost:
-        return self.runner.host
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.host.checkpoint_dir
-
-    @property
-    def loras(self) -> Path:
-        return self.host.lora_dir
-
-
-def panel_of(runner: Runner) -> Panel:
-    with gr.Blocks():
-        return Panel(VERBS["extract"], runner)
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +28,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     loras.mkdir()
     base = base_weights()
     save_pair(checkpoints, base, tuned_weights(base, rank_change(4)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    runner = Runner(FolderHost(checkpoints, loras))
-    server = uvicorn.Server(uvicorn.Config(app_of(runner), port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.05)
-    yield Site(f"http://127.0.0.1:{port}", runner)
-    server.should_exit = True
-    thread.join(10)
+    with served(Runner(FolderHost(checkpoints, loras))) as running:
+        yield running
 
 
 @pytest.fixture
@@ -88,40 +42,6 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
         return extract(self, pair, rank)
 
     monkeypatch.setattr(LayerWork, "extract", slowly)
-
-
-def field(page: Page, name: str):
-    return page.locator(f"#hypermerge_extract_{name}").first
-
-
-def type_into(page: Page, name: str, text: str) -> None:
-    box = field(page, name).locator("input, textarea").first
-    box.fill(text)
-    box.blur()
-
-
-def choose(page: Page, name: str, option: str) -> None:
-    """Pick an option of a dropdown by its whole text."""
-    field(page, name).locator("input").first.click()
-    page.locator("ul.options li").filter(has_text=re.compile(rf"^\W*{re.escape(option)}\s*$")).first.click()
-    expect(field(page, name).locator("input").first).to_have_value(option)
-
-
-def open_page(page: Page, site: Site) -> None:
-    page.goto(site.url)
-    expect(field(page, "run")).to_be_visible(timeout=SOON)
-    expect(page.locator("#hypermerge_extract_panel.hypermerge-loaded")).to_have_count(1, timeout=SOON)
-    page.wait_for_timeout(200)  # until the page has drawn the lists anew: an open one would shift under the click
-
-
-def choose_models(page: Page) -> None:
-    choose(page, "base", "base.safetensors")
-    choose(page, "tuned", "tuned.safetensors")
-    expect(field(page, "out").locator("input, textarea").first).to_have_value("tuned-lora", timeout=SOON)
-
-
-def result(page: Page):
-    return field(page, "result")
 
 
 def test_extract_from_click_to_file_and_snippet(page: Page, site: Site) -> None:
@@ -230,7 +150,7 @@ def test_copy_works_where_a_browser_has_no_clipboard_for_scripts(page: Page, sit
     field(page, "run").click()
     page.locator("#hypermerge_extract_copy").click(timeout=SOON)
     expect(page.locator("#hypermerge_extract_copy")).to_have_text("Copied")
-    box = field(page, "out").locator("input, textarea").first
+    box = text_box(page, "out")
     box.fill("")
     box.press("Control+v")
     expect(box).to_have_value("<lora:plain-http:1>")
@@ -302,7 +222,7 @@ def test_the_suggested_name_follows_the_choice_and_is_always_fresh(page: Page, s
             file.touch()
         open_page(page, site)
         choose_models(page)
-        name = field(page, "out").locator("input, textarea").first
+        name = text_box(page, "out")
         choose(page, "tuned", "another.safetensors")
         expect(name).to_have_value("another-lora-3", timeout=SOON)
         choose(page, "tuned", "tuned.safetensors")
@@ -337,8 +257,12 @@ def test_only_what_awaits_a_job_stands_in_the_queue(site: Site) -> None:
     dependencies = build_tab(site.runner).config["dependencies"]
     at_once = [d for d in dependencies if d["queue"] is False and d["backend_fn"]]
     waiting = [d for d in dependencies if d["queue"] is not False and d["backend_fn"]]
-    assert len(waiting) == 2  # run and resume
-    assert len(at_once) == len(ExtractSpec.params()) + 5  # forecasts, interrupt, refresh, names twice, load
+    panels = [panel_of(site.runner, verb) for verb in VERBS]
+    named = [panel for panel in panels if hasattr(panel.verb.spec, "suggest_name")]
+    assert len(waiting) == 2 * len(panels)  # run and resume
+    # forecasts, names of models and after a run, and interrupt, refresh and load
+    expected = sum(len(panel.components) + 3 for panel in panels) + sum(len(panel.pickers) + 1 for panel in named)
+    assert len(at_once) == expected
 
 
 def test_refresh_finds_a_new_checkpoint(page: Page, site: Site) -> None:

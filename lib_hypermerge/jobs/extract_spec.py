@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import PurePath
+from typing import Any, ClassVar
 
 from ..errors import SpecError
 from ..layouts.module import LAYER_GROUPS
@@ -103,6 +104,11 @@ class ExtractSpec(Spec):
         FLAG, "Skip layers with NaN or Inf", "Otherwise such a checkpoint is refused.", False, advanced=True
     )
     overwrite: bool = param(FLAG, "Overwrite", "Replace an existing file of that name.", False)
+
+    @staticmethod
+    def suggest_name(values: dict[str, Any]) -> str:
+        """A name for the result after the fine-tune's; "" as long as there is none."""
+        return f"{PurePath(values['tuned']).stem}-lora" if values.get("tuned") else ""
 
     def check(self) -> None:
         rule, target = self.rank_rule, self.rank_target

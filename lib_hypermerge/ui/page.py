@@ -27,7 +27,7 @@ def make_app(checkpoints: Path, loras: Path, threads: int = 0) -> FastAPI:
 def app_of(runner: Runner) -> FastAPI:
     """The same for a runner that is there already."""
     style = (_ROOT / "style.css").read_text(encoding="utf-8")
-    script = (_ROOT / "javascript" / "hypermerge.js").read_text(encoding="utf-8")
+    script = "\n".join(f.read_text(encoding="utf-8") for f in sorted((_ROOT / "javascript").glob("*.js")))
     blocks = build_tab(runner, css=style)
     with blocks:
         on(blocks.load, None, js=f"() => {{ {script} }}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -12,17 +13,18 @@ import gradio as gr
 
 from ..errors import HypermergeError, defect
 from ..jobs.runner import QUEUED, RUNNING, Job, Runner, forecast
-from ..jobs.spec import CHECKPOINT, FLAG, OUTPUT
+from ..jobs.spec import CHECKPOINT, FILES, FLAG, LORA, LORAS, OUTPUT
 from ..jobs.verbs import Verb
 from .compat import on, update
 from .results import error_html, job_html, plan_html
-from .widgets import control, element_id, keep_out_of_config, values_of
+from .widgets import MODELS, Control, Lists, control, element_id, keep_out_of_config, values_of
 
 log = logging.getLogger("hypermerge")
 
 # Events that answer at once keep out of the queue: in gradio 3 all events share its few places, and a job that is
 # awaited holds one until it ends.
 _AT_ONCE = {"queue": False, "show_progress": "hidden"}
+_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _HASH = re.compile(r" \[[0-9a-fA-F]+\]$")
 
 
@@ -31,36 +33,35 @@ class Panel:
 
     def __init__(self, verb: Verb, runner: Runner):
         self.verb, self.runner = verb, runner
-        self.controls: dict[str, Any] = {}
+        self.controls: dict[str, Control] = {}
         self._build()
         self._wire()
 
     # --- what it looks like -----------------------------------------------------------------------
 
     def _build(self) -> None:
-        params, defaults, names = self.verb.spec.params(), self.verb.spec.defaults(), self.runner.host.checkpoints()
+        params, defaults, lists = self.verb.spec.params(), self.verb.spec.defaults(), self._lists()
 
         def add(field: str) -> None:
-            self.controls[field] = control(self.verb.id, field, params[field], defaults[field], names)
+            self.controls[field] = control(self.verb.id, field, params[field], defaults[field], lists)
 
-        checkpoints = [f for f, p in params.items() if p.kind == CHECKPOINT]
-        rest = [f for f, p in params.items() if p.kind != CHECKPOINT and not p.advanced]
+        shown = [f for f, p in params.items() if not p.advanced]
+        models = [f for f in shown if params[f].kind in MODELS and params[f].kind != LORAS]
+        rest = [f for f in shown if params[f].kind not in MODELS]
         advanced = [f for f, p in params.items() if p.advanced]
         with gr.Column(elem_id=self._id("panel")):
             gr.HTML(f"<p>{self.verb.help}</p>")
             with gr.Row():
-                for field in checkpoints:
+                for field in models:
                     add(field)
                 self.refresh = gr.Button("🔄", elem_id=self._id("refresh"), elem_classes=["tool"])
-            for chunk in _rows(rest, params):
-                with gr.Row():
-                    for field in chunk:
-                        add(field)
-            with gr.Accordion("Advanced", open=False, elem_id=self._id("advanced")):
-                for chunk in _rows(advanced, params):
-                    with gr.Row():
-                        for field in chunk:
-                            add(field)
+            for field in shown:
+                if params[field].kind == LORAS:
+                    add(field)
+            self._add_rows(rest, params, add)
+            if advanced:
+                with gr.Accordion("Advanced", open=False, elem_id=self._id("advanced")):
+                    self._add_rows(advanced, params, add)
             self.forecast = gr.HTML("", elem_id=self._id("plan"))
             with gr.Row():
                 self.run = gr.Button(self.verb.title, variant="primary", elem_id=self._id("run"))
@@ -78,30 +79,45 @@ class Panel:
             for hidden in (self.task, self.suggested, self.fresh, self.refresh, self.run, self.interrupt):
                 keep_out_of_config(hidden)
 
+    def _add_rows(self, fields: list[str], params: dict[str, Any], add: Callable[[str], None]) -> None:
+        for chunk in _rows(fields, params):
+            with gr.Row():
+                for field in chunk:
+                    add(field)
+
     def _id(self, field: str) -> str:
         return element_id(self.verb.id, field)
+
+    @property
+    def components(self) -> list[Any]:
+        """All that holds a parameter, in the order of the spec."""
+        return [c for field in self.verb.spec.params() for c in self.controls[field].components]
+
+    @property
+    def pickers(self) -> list[tuple[Any, str]]:
+        """The dropdowns of models, with the kind of list that each shows."""
+        return [picker for field in self.verb.spec.params() for picker in self.controls[field].pickers]
 
     # --- what it does -----------------------------------------------------------------------------
 
     def _wire(self) -> None:
-        spec_order = [self.controls[field] for field in self.verb.spec.params()]
-        dropdowns = [self.controls[f] for f, p in self.verb.spec.params().items() if p.kind == CHECKPOINT]
+        components, dropdowns = self.components, [component for component, _ in self.pickers]
         verb = self.verb.id
         started = on(
-            self.run.click, self._run, [self.task, *spec_order], [self.result],
-            js=f"(...values) => hypermerge.start({verb!r}, values, {len(spec_order) + 1})", show_progress="hidden",
+            self.run.click, self._run, [self.task, *components], [self.result],
+            js=f"(...values) => hypermerge.start({verb!r}, values, {len(components) + 1})", show_progress="hidden",
         )  # fmt: skip
         on(started.then, None, js=f"() => hypermerge.ended({verb!r})")
         on(
             self.interrupt.click, self._interrupt, [self.task], js=f"() => [hypermerge.task({verb!r})]", **_AT_ONCE
         )  # fmt: skip
         on(self.refresh.click, self._refresh, dropdowns, dropdowns, **_AT_ONCE)
-        for component in spec_order:
-            on(component.change, self._forecast, spec_order, [self.forecast], **_AT_ONCE)
-        tuned, out = self.controls.get("tuned"), self.controls.get("out")
-        if tuned is not None and out is not None:
-            for event in (tuned.change, started.then):  # after a run its name is taken
-                named = on(event, self._fresh_name, [tuned], [self.fresh], **_AT_ONCE)
+        for component in components:
+            on(component.change, self._forecast, components, [self.forecast], **_AT_ONCE)
+        if hasattr(self.verb.spec, "suggest_name"):
+            out = next(c.components[0] for c in self.controls.values() if c.param.kind == OUTPUT)
+            for event in (*(dropdown.change for dropdown in dropdowns), started.then):  # after a run its name is taken
+                named = on(event, self._fresh_name, components, [self.fresh], **_AT_ONCE)
                 names = [out, self.suggested]  # the page decides, because somebody may have typed meanwhile
                 on(named.then, None, [*names, self.fresh], names, js="(...names) => hypermerge.suggest(...names)")
 
@@ -111,7 +127,7 @@ class Panel:
         One that is not over yet is watched again as if it had been started here.
         """
         verb = self.verb.id
-        dropdowns = [self.controls[f] for f, p in self.verb.spec.params().items() if p.kind == CHECKPOINT]
+        dropdowns = [component for component, _ in self.pickers]
         loaded = on(blocks.load, self._loaded, dropdowns, [*dropdowns, self.result, self.task], **_AT_ONCE)
         resumed = on(
             loaded.then, self._resume, [self.task], [self.result],
@@ -122,7 +138,7 @@ class Panel:
     def _run(self, task: str, *raw: Any) -> str:
         job_id = task or f"task({secrets.token_hex(8)})"
         try:
-            job = self.runner.submit(self.verb.id, values_of(self.verb.spec, raw), job_id)
+            job = self.runner.submit(self.verb.id, self._values(raw), job_id)
             job.wait()
             return job_html(job)
         except HypermergeError as error:
@@ -150,55 +166,81 @@ class Panel:
         job.wait()
         return _shown(job)
 
-    def _fresh_name(self, tuned: str | None) -> str:
-        """A name after the fine-tune's that no LoRA has yet; empty if there is none."""
-        if not tuned:
-            return ""
-        stem = name = PurePath(_HASH.sub("", tuned)).stem + "-lora"
-        number = 1
+    def _values(self, raw: Sequence[Any]) -> dict[str, Any]:
+        return values_of(self.verb.spec, self.controls, raw)
+
+    def _fresh_name(self, *raw: Any) -> str:
+        """The verb's idea of a name, numbered so that no model has it yet; empty if there is none."""
         try:
-            while self.runner.host.lora_output(name).exists():
+            values = {f: _plain(value, self.verb.spec.params()[f].kind) for f, value in self._values(raw).items()}
+            stem = name = getattr(self.verb.spec, "suggest_name")(values)  # noqa: B009 - not every spec has one
+            number = 1
+            while name and self._is_taken(name):
                 number += 1
                 name = f"{stem}-{number}"
-        except (HypermergeError, OSError):  # a checkpoint's name need not do as ours, or its folder is not there
+        except (HypermergeError, OSError):  # a model's name need not do as ours, or its folder is not there
             return ""
         return name
 
+    def _is_taken(self, name: str) -> bool:
+        host = self.runner.host
+        lora = host.lora_output(name)
+        return any(path.exists() for path in (lora, lora.with_suffix(""), host.checkpoint_output(name)))
+
     def _forecast(self, *raw: Any) -> str:
-        """What would happen; quiet until both models are chosen."""
+        """What would happen; quiet until every model that the job needs is chosen."""
         try:
-            values = values_of(self.verb.spec, raw)
-            required = [f for f, p in self.verb.spec.params().items() if p.kind == CHECKPOINT]
-            if not all(values[field] for field in required):
+            values = self._values(raw)
+            params, defaults = self.verb.spec.params(), self.verb.spec.schema()["required"]
+            models = [f for f, p in params.items() if p.kind in MODELS]
+            if not all(values[f] for f in models if f in defaults) or not any(values[f] for f in models):
                 return ""
-            values["out"] = values.get("out") or "unnamed"
+            for field, param in params.items():
+                if param.kind == OUTPUT:
+                    values[field] = values[field] or "unnamed"
             return plan_html(forecast(self.verb, self.verb.spec.from_json(values), self.runner.host))
         except HypermergeError as error:
             return error_html(error)
 
-    def _names(self, chosen: tuple[str | None, ...]) -> list[Any]:
-        """Dropdown updates; a choice whose title has changed (a hash was added) follows its file."""
+    def _lists(self) -> Lists:
         host = self.runner.host
-        names = host.checkpoints()
-        files: dict[Any, str] = {}
-        updates = []
-        for name in chosen:
-            if not name or name in names:  # leave the value alone: somebody may be choosing one at this moment
+        checkpoints, loras = host.checkpoints(), host.loras()
+        return {CHECKPOINT: checkpoints, LORA: loras, FILES: list(dict.fromkeys((*checkpoints, *loras)))}
+
+    def _names(self, chosen: Sequence[Any]) -> list[Any]:
+        """Dropdown updates; a choice whose title has changed (a hash was added) follows its file."""
+        lists, updates = self._lists(), []
+        for (_, kind), value in zip(self.pickers, chosen, strict=True):
+            names = lists[kind]
+            several = isinstance(value, list)
+            lost = [name for name in (value if several else [value]) if name and name not in names]
+            if not lost:  # leave the value alone: somebody may be choosing one at this moment
                 updates.append(update(choices=names))
                 continue
-            try:
-                files = files or {host.resolve_checkpoint(n): n for n in names}
-                value = files.get(host.resolve_checkpoint(name))
-            except HypermergeError:
-                value = None
-            updates.append(update(choices=names, value=value))
+            now = {name: self._name_now(name, lists) for name in lost}
+            if several:
+                kept: Any = [now.get(name, name) for name in value if now.get(name, name)]
+            else:
+                kept = now[value]
+            updates.append(update(choices=names, value=kept))
         return updates if len(updates) != 1 else updates[0]
 
-    def _refresh(self, *chosen: str | None) -> Any:
+    def _name_now(self, name: str, lists: Lists) -> str | None:
+        """What the host calls today the file that it once called so; None if that is gone."""
+        host = self.runner.host
+        for kind, resolve in ((CHECKPOINT, host.resolve_checkpoint), (LORA, host.resolve_lora)):
+            try:
+                path = resolve(name)
+                return next((other for other in lists[kind] if resolve(other) == path), None)
+            except HypermergeError:
+                continue
+        return None
+
+    def _refresh(self, *chosen: Any) -> Any:
         self.runner.host.refresh()
         return self._names(chosen)
 
-    def _loaded(self, *chosen: str | None) -> list[Any]:
+    def _loaded(self, *chosen: Any) -> list[Any]:
         job = self.runner.latest(self.verb.id)
         names = self._names(chosen)
         under_way = job is not None and job.status in (QUEUED, RUNNING)
@@ -207,6 +249,16 @@ class Panel:
             _shown(job) if job else "",
             job.id if job and under_way else "",
         ]
+
+
+def _plain(value: Any, kind: str) -> Any:
+    """A model's name as if it was its file's: without a hash, with a suffix."""
+    if kind == LORAS:
+        return [{**lora, "lora": _plain(lora["lora"], LORA)} for lora in value or ()]
+    if kind not in MODELS or not isinstance(value, str):
+        return value
+    name = _HASH.sub("", value)
+    return name if PurePath(name).suffix.lower() in _SUFFIXES else f"{name}.safetensors"
 
 
 def _rows(fields: list[str], params: dict[str, Any]) -> list[list[str]]:

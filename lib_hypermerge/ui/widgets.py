@@ -1,42 +1,85 @@
-"""A control for each kind of parameter."""
+"""A control for each kind of parameter: one or several gradio components, and how to read them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
 
 from ..errors import SpecError
-from ..jobs.spec import CHECKPOINT, CHOICE, CHOICES, FLAG, INTEGER, NUMBER, OUTPUT, Param, Spec, read_text
+from ..jobs.spec import (
+    CHECKPOINT,
+    CHOICE,
+    CHOICES,
+    FILES,
+    FLAG,
+    INTEGER,
+    LORA,
+    LORAS,
+    NUMBER,
+    OUTPUT,
+    Param,
+    Spec,
+    read_text,
+)
 
-_UNSAVED = (CHECKPOINT, OUTPUT)  # a WebUI stores the defaults of all other controls in ui-config.json
+MODELS = (CHECKPOINT, LORA, FILES, LORAS)  # kinds that are chosen from the host's lists
+_UNSAVED = (CHECKPOINT, LORA, FILES, OUTPUT)  # a WebUI stores the defaults of all other controls in ui-config.json
+
+Lists = dict[str, list[str]]  # kind of dropdown (CHECKPOINT, LORA, FILES) → names to choose from
+
+
+@dataclass
+class Control:
+    """components: in the order in which read() takes their values.  pickers: the dropdowns among them, by kind."""
+
+    param: Param
+    components: list[Any]
+    read: Callable[[Sequence[Any]], Any]
+    pickers: list[tuple[Any, str]] = field(default_factory=list)
 
 
 def element_id(verb: str, field: str) -> str:
     return f"hypermerge_{verb}_{field}"
 
 
-def control(verb: str, name: str, param: Param, default: Any, checkpoints: list[str]) -> Any:
-    """The gradio component of a parameter. Labels are unique in the tab: a WebUI keeps settings by label."""
+def control(verb: str, name: str, param: Param, default: Any, lists: Lists) -> Control:
+    """The control of a parameter, made inside the current gr.Blocks.
+
+    Labels are unique in the tab: a WebUI keeps settings by label.
+    """
+    if param.kind == LORAS:
+        from .lora_rows import lora_rows
+
+        return lora_rows(verb, name, param, lists[LORA])
     common: dict[str, Any] = {"label": param.label, "elem_id": element_id(verb, name), "interactive": True}
-    choices = [choice for choice, _ in param.choices]
-    if param.kind == CHECKPOINT:
-        made = gr.Dropdown(choices=checkpoints, value=None, **common)
-    elif param.kind == FLAG:
-        made = gr.Checkbox(value=default, info=param.help, **common)
-    elif param.kind == CHOICE:
-        made = gr.Dropdown(choices=choices, value=default, info=_meanings(param), **common)
-    elif param.kind == CHOICES:
-        made = gr.CheckboxGroup(choices=choices, value=list(default), info=param.help, **common)
-    elif param.kind == INTEGER and not param.optional:
-        made = gr.Number(value=default, precision=0, info=param.help, **common)
-    elif param.kind == NUMBER and not param.optional:
-        made = gr.Number(value=default, info=param.help, **common)
-    else:
-        made = gr.Textbox(value="", placeholder=param.placeholder, info=param.help, max_lines=1, **common)
+    made = _component(param, default, lists, common)
     if param.kind in _UNSAVED or name == "overwrite":
         keep_out_of_config(made)
-    return made
+    pickers = [(made, param.kind)] if param.kind in lists else []
+    return Control(param, [made], lambda values: _single(param, values[0]), pickers)
+
+
+def _component(param: Param, default: Any, lists: Lists, common: dict[str, Any]) -> Any:
+    choices = [choice for choice, _ in param.choices]
+    if param.kind in (CHECKPOINT, LORA):
+        return gr.Dropdown(choices=lists[param.kind], value=None, **common)
+    if param.kind == FILES:
+        return gr.Dropdown(choices=lists[FILES], value=[], multiselect=True, info=param.help, **common)
+    if param.kind == FLAG:
+        return gr.Checkbox(value=default, info=param.help, **common)
+    if param.kind == CHOICE:
+        return gr.Dropdown(choices=choices, value=default, info=_meanings(param), **common)
+    if param.kind == CHOICES:
+        return gr.CheckboxGroup(choices=choices, value=list(default), info=param.help, **common)
+    if param.kind == INTEGER and not param.optional:
+        return gr.Number(value=default, precision=0, info=param.help, **common)
+    if param.kind == NUMBER and not param.optional:
+        return gr.Number(value=default, info=param.help, **common)
+    text = default if isinstance(default, str) else ""
+    return gr.Textbox(value=text, placeholder=param.placeholder, info=param.help, max_lines=1, **common)
 
 
 def keep_out_of_config(component: Any) -> None:
@@ -48,15 +91,26 @@ def _meanings(param: Param) -> str:
     return param.help + " " + "; ".join(f"{choice}: {meaning}" for choice, meaning in param.choices) + "."
 
 
-def values_of(spec: type[Spec], raw: tuple[Any, ...]) -> dict[str, Any]:
-    """What the controls hold, as the spec's JSON. SpecError for a number that is none."""
-    values = {}
-    for (name, param), value in zip(spec.params().items(), raw, strict=True):
-        if isinstance(value, str) and param.kind in (INTEGER, NUMBER):
-            try:
-                value = read_text(param, value)
-            except ValueError:
-                kind = "whole number" if param.kind == INTEGER else "number"
-                raise SpecError(f"{param.label}: {value!r} is no {kind}.", hint=param.help) from None
-        values[name] = value
+def _single(param: Param, value: Any) -> Any:
+    if isinstance(value, str) and param.kind in (INTEGER, NUMBER):
+        return number_of(param.label, value, param)
+    return None if value == [] else value
+
+
+def number_of(label: str, text: str, param: Param) -> Any:
+    """The number in a text field, None if it is empty. SpecError if it is none."""
+    try:
+        return read_text(param, text)
+    except ValueError:
+        kind = "whole number" if param.kind == INTEGER else "number"
+        raise SpecError(f"{label}: {text!r} is no {kind}.", hint=param.help) from None
+
+
+def values_of(spec: type[Spec], controls: dict[str, Control], raw: Sequence[Any]) -> dict[str, Any]:
+    """What the controls hold, in the order of the spec, as its JSON. SpecError for a number that is none."""
+    values, start = {}, 0
+    for name in spec.params():
+        stop = start + len(controls[name].components)
+        values[name] = controls[name].read(raw[start:stop])
+        start = stop
     return values
