@@ -9,22 +9,10 @@ from __future__ import annotations
 
 import re
 
-_RESNET = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
+from . import diffusers
 
-_OPEN_CLIP = {
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
-}  # fmt: skip
-
-_BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.?(.*)")
-_MIDDLE = re.compile(r"middle_block\.(\d)\.(.*)")
 _HF_LAYER = re.compile(r"encoder\.layers\.\d+\..+")
 _T5_LAYER = re.compile(r"encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.w\w+)")
-_OPEN_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 
 
 def unet_path(path: str) -> str:
@@ -34,29 +22,9 @@ def unet_path(path: str) -> str:
 
 def unet_diffusers(path: str) -> str:
     """SD1/SD2: diffusers' name of a CompVis UNet path such as input_blocks.1.1.proj_in."""
-    if path == "input_blocks.0.0":
-        return "lora_unet_conv_in"
-    if path == "out.2":
-        return "lora_unet_conv_out"
-    if path.startswith("time_embed."):
-        return f"lora_unet_time_embedding_linear_{int(path[-1]) // 2 + 1}"
-    if match := _MIDDLE.fullmatch(path):
-        where = "attentions_0" if match[1] == "1" else f"resnets_{int(match[1]) // 2}"
-        return f"lora_unet_mid_block_{where}_" + _inner(match[2])
-    if match := _BLOCK.fullmatch(path):
-        side, index, slot, inner = match[1], int(match[2]), int(match[3]), match[4]
-        block, layer = divmod(index - 1, 3) if side == "input" else divmod(index, 3)
-        name = f"lora_unet_{'down' if side == 'input' else 'up'}_blocks_{block}_"
-        if inner == "op":
-            return name + "downsamplers_0_conv"
-        if inner == "conv":
-            return name + "upsamplers_0_conv"
-        return name + f"{'attentions' if slot == 1 else 'resnets'}_{layer}_" + _inner(inner)
-    return unet_path(path)
-
-
-def _inner(path: str) -> str:
-    return _RESNET.get(path, path).replace(".", "_")
+    # diffusers' name of the last norm is none that A1111 knows
+    name = None if path == "out.0" else diffusers.unet(path)
+    return f"lora_unet_{name.replace('.', '_')}" if name else unet_path(path)
 
 
 def clip(prefix: str, path: str) -> str | None:
@@ -71,10 +39,8 @@ def clip(prefix: str, path: str) -> str | None:
 
 def open_clip(prefix: str, path: str) -> str | None:
     """An open_clip layer, its fused attention given as attn.q_proj, attn.k_proj, attn.v_proj."""
-    match = _OPEN_LAYER.fullmatch(path)
-    if not match or match[2] not in _OPEN_CLIP:
-        return None
-    return f"{prefix}_text_model_encoder_layers_{match[1]}_" + _OPEN_CLIP[match[2]].replace(".", "_")
+    name = diffusers.text_encoder(path) if path.startswith("transformer.resblocks.") else None
+    return f"{prefix}_{name.replace('.', '_')}" if name else None
 
 
 def t5(path: str) -> str | None:
