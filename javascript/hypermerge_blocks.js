@@ -2,7 +2,7 @@
 // The field's text is the truth; it may also be a preset's name or named ranges, which the graph can read.
 window.hypermergeBlocks = window.hypermergeBlocks || (() => {
     const SVG = "http://www.w3.org/2000/svg";
-    const WIDTH = 30, HEIGHT = 100, TOP = 14, BOTTOM = 34; // of a bar, and of the room for its numbers and names
+    const WIDTH = 36, HEIGHT = 100, TOP = 14, BOTTOM = 20; // of a bar, and of the room for its numbers and names
     const STEP = 0.05;
     const root = () => (typeof gradioApp === "function" ? gradioApp() : document);
     let formats = null;
