@@ -76,7 +76,7 @@ class Lokr(Adapter):
         up, down = self.tensors[A2].to(dtype), self.tensors[B2].to(dtype)
         if T2 in self.tensors:
             up, down = up.mT, torch.einsum("abyx,bq->aqyx", self.tensors[T2].to(dtype), down)
-        return up, down.flatten(1)
+        return up.contiguous(), down.flatten(1).contiguous()  # torch.kron asks for it
 
 
 def _split(up: torch.Tensor, down: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,7 +32,7 @@ class Svdiff(Adapter):
 
     @classmethod
     def notes(cls, shapes: Shapes) -> list[str]:
-        return ["No WebUI reads spectral shifts."]
+        return [*super().notes(shapes), "No WebUI reads spectral shifts."]
 
     def change(self, weight: torch.Tensor) -> torch.Tensor:
         return svdiff.change(weight, self.like(DELTA, weight))
