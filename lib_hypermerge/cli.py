@@ -93,7 +93,7 @@ def _run(
     finally:
         bar.close()
     _show_report(report, json)
-    return 0
+    return report.exit_code
 
 
 def _stop_on_signals(stop: threading.Event) -> None:

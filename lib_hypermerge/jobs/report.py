@@ -18,7 +18,8 @@ class Output:
 @dataclass
 class Report:
     """A finished job.  modules: written; skipped: looked at and left out; unreachable: changed tensors that
-    the written file cannot carry.  details: what only this verb measures, JSON-ready."""
+    the written file cannot carry.  details: what only this verb measures, JSON-ready.  exit_code: the command
+    line's, where a job is done but for a part of what was asked."""
 
     verb: str
     outputs: list[Output] = field(default_factory=list)
@@ -29,6 +30,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
+    exit_code: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {

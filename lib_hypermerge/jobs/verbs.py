@@ -9,6 +9,7 @@ from types import ModuleType
 from ..errors import SpecError
 from .convert_spec import ConvertSpec
 from .extract_spec import ExtractSpec
+from .inspect_spec import InspectSpec
 from .spec import Spec
 
 
@@ -32,6 +33,7 @@ VERBS = {
         "convert", "Convert", "A LoRA in another dialect or family, a checkpoint in another number format.",
         ConvertSpec, ".convert",
     ),
+    "inspect": Verb("inspect", "Inspect", "What model files are, and how alike.", InspectSpec, ".inspect"),
 }  # fmt: skip
 
 

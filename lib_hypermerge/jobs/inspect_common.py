@@ -1,0 +1,22 @@
+"""What all parts of an inspection share: answers stay small however large a file's lists are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MOST_NAMES = 50
+MOST_TEXT = 2000
+MOST_KEYS = 200
+
+
+def shown(names: Sequence[str]) -> list[str]:
+    """The first names of a long list; its length is told beside it."""
+    return list(names[:MOST_NAMES])
+
+
+def metadata_facts(metadata: dict[str, str]) -> dict[str, object]:
+    """A header's texts, long ones cut, and how many were left out or cut."""
+    kept = dict(list(metadata.items())[:MOST_KEYS])
+    cut = sorted(key for key, value in kept.items() if len(value) > MOST_TEXT)
+    texts = {key: value if len(value) <= MOST_TEXT else value[:MOST_TEXT] + "…" for key, value in kept.items()}
+    return {"metadata": texts, "metadata_cut": cut, "metadata_left_out": len(metadata) - len(kept)}

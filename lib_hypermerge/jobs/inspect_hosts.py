@@ -1,0 +1,84 @@
+"""What the WebUIs will make of an adapter file: which tensors take effect, under what group and name it is listed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import inspect_a1111, inspect_forge
+from .inspect_a1111 import Reach, Shapes
+from .inspect_common import shown
+
+_LISTED = (".safetensors", ".pt", ".ckpt")
+_FORGE_FLUX = ("flux-1-dev/lora", "https://github.com/black-forest-labs/flux")
+
+
+def host_facts(
+    path: Path, metadata: Mapping[str, str], tensors: Shapes, checkpoint: Shapes, architecture: str,
+    resolved: Collection[str],
+) -> dict[str, Any]:  # fmt: skip
+    """JSON-ready, by host. tensors, checkpoint: shapes by name, of the file and of a model of its architecture.
+
+    resolved: modules of the file, by their own names, that have a layer.
+    """
+    reaches = {
+        "a1111": (inspect_a1111.TITLE, inspect_a1111.reach(tensors, checkpoint, architecture), a1111_group(metadata)),
+        "forge": (
+            inspect_forge.TITLE, inspect_forge.reach(tensors, checkpoint, architecture, resolved), forge_group(metadata)
+        ),
+    }  # fmt: skip
+    is_listed = path.is_file() and path.suffix.lower() in _LISTED
+    return {host: _facts(*row, len(tensors), is_listed) for host, row in reaches.items()}
+
+
+def _facts(title: str, reach: Reach, group: str, tensors: int, is_listed: bool) -> dict[str, Any]:
+    if not is_listed:
+        verdict, why = "not listed", f"It lists {', '.join(_LISTED)} files in its LoRA folder."
+    elif reach.refused:
+        verdict, why = "refused", reach.refused
+    elif not reach.applied:
+        verdict, why = "nothing", "No tensor has a name that it knows."
+    else:
+        verdict = "all" if len(reach.applied) == tensors else "part"
+        why = "; ".join(f"{count} × {reason}" for reason, count in Counter(reach.ignored.values()).most_common(5))
+    loads = verdict in ("all", "part")
+    return {
+        "title": title,
+        "verdict": verdict,
+        "why": why,
+        "modules": reach.modules if loads else 0,
+        "tensors": len(reach.applied) if loads else 0,
+        "ignored": len(reach.ignored) if loads else tensors,
+        "ignored_tensors": shown(sorted(reach.ignored)),
+        "group": group,
+    }
+
+
+def a1111_group(metadata: Mapping[str, str]) -> str:
+    """Its card is hidden while a checkpoint of another group is loaded (network.py detect_version)."""
+    if metadata.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "SDXL"
+    if metadata.get("ss_v2") == "True":
+        return "SD2"
+    return "SD1" if metadata else "Unknown"
+
+
+def forge_group(metadata: Mapping[str, str]) -> str:
+    """The same of Forge, which hides nothing; it looks at the ModelSpec first."""
+    architecture = metadata.get("modelspec.architecture", "")
+    if architecture in _FORGE_FLUX or metadata.get("modelspec.implementation") in _FORGE_FLUX:
+        return "Flux"
+    if architecture == "stable-diffusion-xl-v1-base/lora":
+        return "SDXL"
+    if metadata.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "SDXL"
+    if metadata.get("ss_v2") == "True":
+        return "SD2"
+    return "SD1" if architecture == "stable-diffusion-v1/lora" else "Unknown"
+
+
+def alias(path: Path, metadata: Mapping[str, str]) -> str:
+    """The name in a prompt: what the file calls itself, else its own name."""
+    return metadata.get("ss_output_name") or (path.stem if path.is_file() else path.name)

@@ -1,0 +1,51 @@
+"""Open a model file of any kind; what it is is found out, never asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import HypermergeError, LayoutError, SpecError
+from ..layouts.adapter_file import AdapterFile, open_adapter
+from ..layouts.module import Model
+from ..layouts.opening import open_checkpoint
+from .host import Host
+
+
+def find(name: str, host: Host) -> list[Path]:
+    """The files of a name among the host's checkpoints and LoRAs; two where both have it. SpecError if none has."""
+    found: list[Path] = []
+    for resolve in (host.resolve_checkpoint, host.resolve_lora):
+        try:
+            path = resolve(name)
+        except SpecError:
+            continue
+        if path not in found:
+            found.append(path)
+    if not found:
+        raise SpecError(
+            f"There is no model {name!r}.", "Neither a checkpoint nor a LoRA goes by this name.",
+            "Refresh the list and choose one of it.",
+        )  # fmt: skip
+    return found
+
+
+def open_any(path: Path) -> Model | AdapterFile:
+    """A checkpoint or an adapter, open. Raises SpecError, FormatError or LayoutError, which name the file."""
+    try:
+        return open_checkpoint(path)
+    except (LayoutError, SpecError) as error:
+        not_a_checkpoint = error
+    try:
+        return open_adapter(path)
+    except (LayoutError, SpecError) as error:
+        raise _neither(path, not_a_checkpoint, error) from None
+
+
+def _neither(path: Path, first: HypermergeError, second: HypermergeError) -> HypermergeError:
+    """The error that says most, of what a checkpoint and what an adapter would have to be."""
+    if not isinstance(second, LayoutError) or "is a LoRA" in first.what:
+        return second
+    if not isinstance(first, LayoutError) or "quantised" in first.what:
+        return first
+    why = f"{second.what} {first.why}"
+    return LayoutError(f"{path.name} is neither a checkpoint nor a LoRA that is known here.", why, first.hint)
