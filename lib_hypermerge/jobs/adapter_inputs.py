@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ..adapters import families
@@ -30,6 +31,12 @@ class LoraInput:
     def close(self) -> None:
         self.file.close()
 
+    def __enter__(self) -> LoraInput:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     @property
     def path(self) -> Path:
         return self.file.file.path
@@ -44,7 +51,7 @@ class LoraInput:
         adapter = load(self.file, entry)
         return Swapped.of(adapter) if entry.key in self._swapped else adapter
 
-    @property
+    @cached_property
     def _swapped(self) -> set[str]:
         return {entry.key for entry, target in self.resolution.targets if target.swapped}
 

@@ -12,7 +12,7 @@ from .module import Model
 
 _TABLES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl", "flux": "flux_dev", "sd3": "sd35_large"}
 
-IDS = tuple(architecture.id for architecture in ARCHITECTURES)
+IDS = tuple(a.id for a in ARCHITECTURES if _TABLES.get(a.id) in tables.NAMES)
 
 
 class Outline(TensorFile):
@@ -20,7 +20,10 @@ class Outline(TensorFile):
 
     def __init__(self, name: str, table: dict[str, tuple[int, ...]]):
         self.path = Path(name)
-        self.tensors = {key: TensorInfo(key, "F16", shape, 0) for key, shape in table.items()}
+        self.tensors = {
+            key: TensorInfo(key, "I64" if key.endswith("position_ids") else "F16", shape, 0)
+            for key, shape in table.items()
+        }
         self.metadata = {}
         self.size = 0
 

@@ -39,7 +39,7 @@ _ANCESTOR = (  # what the path of a layer begins with if an ancestor is of these
     (re.compile(r".*\.ff(?=\.)"), frozenset(("FeedForward",))),
     (re.compile(r".*\.transformer_blocks\.\d+(?=\.)"), frozenset(("BasicTransformerBlock",))),
     (re.compile(r".*resnets\.\d+(?=\.)"), frozenset(("ResnetBlock2D",))),
-    (re.compile(r".*\.self_attn(?=\.)"), frozenset(("CLIPAttention",))),
+    (re.compile(r".*\.self_attn(?=\.)"), frozenset(("CLIPAttention", "CLIPSdpaAttention"))),
     (re.compile(r".*\.mlp(?=\.)"), frozenset(("CLIPMLP",))),
     (re.compile(r".*\.layers\.\d+(?=\.)"), frozenset(("CLIPEncoderLayer",))),
 )
