@@ -9,10 +9,14 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .dtypes import ITEMSIZE
 from .source import TensorFile, TensorInfo
 from .writer import SafetensorsWriter, Written, header_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 _PIECE = 1 << 22  # bytes copied at a time
 _FLUSH_EVERY = 1 << 27  # bytes between hints to the disk, so that the last flush finds little to do
@@ -67,16 +71,27 @@ class CheckpointWriter(SafetensorsWriter):
             self.abort()
             raise
 
+    def begin(self, name: str, plan: TensorPlan) -> None:
+        """Enter the next tensor; its rows follow by more()."""
+        self._append(name, plan.dtype, plan.shape, plan.nbytes)
+
+    def more(self, rows: torch.Tensor) -> None:
+        """The next rows of the tensor that was begun. The memory is kept until it was hashed: do not reuse it."""
+        import torch
+
+        self._put(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
     def copy(self, name: str, file: TensorFile, info: TensorInfo) -> None:
         """Append a tensor of another file, bit for bit."""
         self._append(name, info.dtype, info.shape, info.nbytes)
-        if info.stride is not None:
-            import torch
+        import torch
 
+        if info.stride is not None:
             self._put(file.read(info).reshape(-1).view(torch.uint8).numpy().data)
             return
         for start in range(0, info.nbytes, _PIECE):
-            piece = memoryview(bytearray(min(_PIECE, info.nbytes - start)))
+            # by torch, whose memory is not cleared first
+            piece = torch.empty(min(_PIECE, info.nbytes - start), dtype=torch.uint8).numpy().data
             file.read_into(info.offset + start, piece)
             self._put(piece)
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from ..errors import NumericalError
-from ..files.checkpoint_writer import CheckpointWriter
+from ..files.checkpoint_writer import CheckpointWriter, TensorPlan
 from ..files.dtypes import torch_dtype
 from ..files.source import TensorInfo
 from ..files.writer import Written
 from .host import Context, Host
-from .merge_layers import merge_tensor
+from .merge_layers import TensorMerge
 from .merge_plan import MergePlan, make_plan
 from .merge_spec import MergeSpec
 from .report import Output, Report
@@ -22,41 +23,55 @@ from .workers import map_in_order, plan_workers
 
 __all__ = ["MergeSpec", "make_plan", "merged_weights", "run"]
 
-_MIB = 1 << 20
-
 
 def merged_weights(plan: MergePlan, host: Host, context: Context) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
-    """The changed tensors in the file's order, each in the format that is to be written.
-
-    NumericalError if a number is, or becomes, NaN or Inf.
+    """The changed tensors in the file's order, each in the format that is to be written, some rows at a time:
+    (the tensor, its next rows). NumericalError if a number is, or becomes, NaN or Inf.
     """
-    changed = [info for info in plan.order if info.name in plan.steps]
     workers, threads = plan_workers(host.threads(), "cpu", plan.bytes_per_worker)
 
-    def work(info: TensorInfo) -> torch.Tensor | None:
-        return merge_tensor(plan.model.file, info, plan.steps[info.name], torch_dtype(plan.tensors[info.name].dtype))
+    def work(piece: tuple[TensorMerge, int, int]) -> tuple[TensorInfo, torch.Tensor | None]:
+        merge, start, stop = piece
+        return merge.info, merge.rows(start, stop)
 
-    results = map_in_order(work, changed, workers, threads, context.check)
-    for info, tensor in zip(changed, results, strict=True):
-        if tensor is None:
-            plan.model.file.check_unchanged()
+    for info, rows in map_in_order(work, _pieces(plan), workers, threads, context.check):
+        if rows is None:
+            plan.check_unchanged()
             raise NumericalError(
                 f"{info.name} holds NaN or Inf, or does so once merged.",
                 "A file is damaged, or a weight is too large for the number format.",
                 "Get sound copies, lower the weights, or choose fp32.",
             )
-        yield info, tensor
+        yield info, rows
+
+
+def _pieces(plan: MergePlan) -> Iterator[tuple[TensorMerge, int, int]]:
+    for info in plan.order:
+        if info.name in plan.steps:
+            merge = TensorMerge(
+                plan.model.file, info, plan.steps[info.name], torch_dtype(plan.tensors[info.name].dtype)
+            )
+            for start, stop in merge.pieces():
+                yield merge, start, stop
 
 
 def run(plan: MergePlan, host: Host, context: Context) -> Report:
     """Carry out a plan. Raises Cancelled, NumericalError, OutputError, InputChangedError."""
     context.progress(0.0, "merging")
     written = _write(plan, host, context)
-    warnings = list(plan.warnings)
+    output = Output(str(written.path), written.bytes, written.sha256)
+    return Report(
+        "merge", [output], None, sum(plan.applied.values()), plan.zeroed, plan.unmatched, list(plan.warnings),
+        time.perf_counter() - plan.begun, details_of(plan),
+    )  # fmt: skip
+
+
+def details_of(plan: MergePlan) -> dict[str, Any]:
+    """What a report says of what went in, and where to."""
     families: Counter[str] = Counter()
     for lora in plan.loras:
-        families += lora.families
-    details = {
+        families.update(lora.counts)
+    return {
         "architecture": plan.model.title,
         "components": dict(plan.applied),
         "families": dict(families),
@@ -68,15 +83,11 @@ def run(plan: MergePlan, host: Host, context: Context) -> Report:
         "checkpoint": plan.output.name,
         "device": "cpu",
     }
-    return Report(
-        "merge", [Output(str(written.path), written.bytes, written.sha256)], None, sum(plan.applied.values()),
-        plan.zeroed, plan.unmatched, warnings, time.perf_counter() - plan.begun, details,
-    )  # fmt: skip
 
 
 def _lora_json(lora) -> dict:
     return {
-        "name": lora.file.file.path.name, "dialect": lora.file.dialect, "families": dict(lora.families),
+        "name": lora.path.name, "dialect": lora.file.dialect, "families": lora.counts,
         "modules": len(lora.resolution.targets), "unmatched": len(lora.resolution.unmatched),
         "unknown": len(lora.file.unknown),
     }  # fmt: skip
@@ -89,17 +100,26 @@ def _write(plan: MergePlan, host: Host, context: Context) -> Written:
         for info in plan.order:
             planned = plan.tensors[info.name]
             if info.name in plan.steps:
-                writer.add(info.name, next(merged)[1])
+                _add(writer, info, planned, merged)
             elif planned.dtype == info.dtype:
                 writer.copy(info.name, file, info)
             else:
                 writer.add(info.name, _converted(file.read(info), torch_dtype(planned.dtype), info.name))
             done += planned.nbytes
             context.progress(0.99 * done / whole, info.name)
-        for source in (file, *(lora.file.file for lora in plan.loras)):
-            source.check_unchanged()
+        plan.check_unchanged()
         context.progress(0.99, "saving")
         return writer.commit()
+
+
+def _add(writer: CheckpointWriter, info: TensorInfo, planned: TensorPlan, merged: Iterator) -> None:
+    """Take pieces from the stream until the tensor is whole."""
+    writer.begin(info.name, planned)
+    missing = planned.nbytes
+    while missing > 0:
+        rows = next(merged)[1]
+        writer.more(rows)
+        missing -= rows.nbytes
 
 
 def _converted(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

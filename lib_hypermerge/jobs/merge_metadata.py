@@ -22,7 +22,7 @@ def merged_metadata(spec: MergeSpec, model: Model, loras: list[LoraInput], name:
     metadata.setdefault("format", "pt")
     parents = [_parent("checkpoint", model.file.path.name, model.file.size)]
     for lora in loras:
-        parents.append(_parent("lora", lora.file.file.path.name, lora.file.file.size))
+        parents.append(_parent("lora", lora.path.name, lora.file.file.size))
         if digest := lora.file.metadata.get("sshs_model_hash"):
             parents[-1]["sshs_model_hash"] = digest
     parameters = {key: value for key, value in spec.to_json().items() if key not in ("out", "overwrite")}

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..adapters.adapter import BIAS, Adapter
+from ..adapters.lora import UP_BIAS
+from ..adapters.norm import SHIFT
 from ..errors import SpecError
 from ..files.checkpoint_writer import TensorPlan, header_of
 from ..files.dtypes import FLOATS, ITEMSIZE, OUTPUT_DTYPES, torch_dtype
@@ -27,7 +30,7 @@ from .spec import WeightedLora
 
 _DTYPES = {**OUTPUT_DTYPES, "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
 _EIGHT_BITS = frozenset(("F8_E4M3", "F8_E5M2"))
-_BIAS_PARTS = frozenset(("diff_b", "b_norm", "bias_values"))
+_BIAS_PARTS = frozenset((BIAS, SHIFT, UP_BIAS))
 _PROCESS_BYTES = 320 << 20  # Python with torch, about
 
 
@@ -41,6 +44,14 @@ class Step:
     stop: int
     strength: float
     bias: bool = False
+
+    @property
+    def is_product(self) -> bool:
+        """Whether each row of the change comes from a row of one factor alone."""
+        return not self.bias and self.lora.families[self.entry.key].family == "lora"
+
+    def load(self) -> Adapter:
+        return self.lora.load(self.entry)
 
 
 @dataclass
@@ -74,6 +85,11 @@ class MergePlan:
         for lora in self.loras:
             lora.close()
 
+    def check_unchanged(self) -> None:
+        """InputChangedError if a file was replaced or written to since it was opened."""
+        for file in (self.model.file, *(lora.file.file for lora in self.loras)):
+            file.check_unchanged()
+
     @property
     def order(self) -> list[TensorInfo]:
         """The checkpoint's tensors as they lie in the file."""
@@ -90,8 +106,9 @@ class MergePlan:
 
     @property
     def bytes_per_worker(self) -> int:
-        """What one worker holds: the largest changed tensor as stored, as computed on, and as written."""
-        return max((10 * self.model.file.tensors[name].numel for name in self.steps), default=0)
+        """What one worker holds: the largest tensor that is changed as a whole, as stored, computed on and written."""
+        whole = (n for n, steps in self.steps.items() if not all(step.is_product for step in steps))
+        return max((16 * self.model.file.tensors[name].numel for name in whole), default=32 << 20)
 
     def expected_seconds(self, threads: int) -> float:
         """A rough forecast: reading, products and hashing shared by the cores, and the disk."""
@@ -118,7 +135,19 @@ class MergePlan:
 
 def make_plan(spec: MergeSpec, host: Host) -> MergePlan:
     """Open and check everything. Raises SpecError, FormatError, LayoutError, UnchangedError, OutputError."""
-    output = host.checkpoint_output(spec.out)
+    plan = plan_change(spec, host, host.checkpoint_output(spec.out))
+    try:
+        _refuse_output(plan, host)
+        plan.metadata = merged_metadata(spec, plan.model, plan.loras, plan.output.stem)
+        check_target(plan.output, plan.bytes, spec.overwrite)
+    except BaseException:
+        plan.close()
+        raise
+    return plan
+
+
+def plan_change(spec: MergeSpec, host: Host, output: Path) -> MergePlan:
+    """The same for the change alone: nothing is asked of the output."""
     model = open_checkpoint(host.resolve_checkpoint(spec.checkpoint))
     plan = MergePlan(spec, output, model)
     try:
@@ -126,11 +155,8 @@ def make_plan(spec: MergeSpec, host: Host) -> MergePlan:
             lora = open_lora(host.resolve_lora(item.lora), model)
             plan.loras.append(lora)
             _add_steps(plan, lora, item)
-        _refuse_output(plan, host)
         _plan_tensors(plan)
-        plan.metadata = merged_metadata(spec, model, plan.loras, output.stem)
         _gather_warnings(plan)
-        check_target(output, plan.bytes, spec.overwrite)
     except BaseException:
         plan.close()
         raise
@@ -139,7 +165,7 @@ def make_plan(spec: MergeSpec, host: Host) -> MergePlan:
 
 def _refuse_output(plan: MergePlan, host: Host) -> None:
     """The output may be none of the inputs, nor the model that a WebUI has in memory."""
-    inputs = [plan.model.file.path, *(lora.file.file.path for lora in plan.loras)]
+    inputs = [plan.model.file.path, *(lora.path for lora in plan.loras)]
     if any(_same(plan.output, path) for path in inputs):
         raise SpecError(
             f"{plan.output.name} would replace one of the files that it is made from.", hint="Choose another name."
@@ -185,6 +211,8 @@ def _add_step(
 ) -> None:
     """info may be the q, k or v rows of a fused tensor: the step counts rows within the whole."""
     whole = plan.model.file.tensors[info.name]
+    if not whole.numel:
+        return
     row = math.prod(whole.shape[1:]) if whole.stride is None else whole.stride[0]
     first = (info.offset - whole.offset) // (row * ITEMSIZE[whole.dtype]) if row else 0
     step = Step(lora, entry, first + rows[0], first + rows[1], strength, bias)
@@ -235,7 +263,7 @@ def _gather_warnings(plan: MergePlan) -> None:
         plan.warnings += lora.warnings
         if lora.file.embeddings:
             plan.warnings.append(
-                f"{lora.file.file.path.name} brings {len(lora.file.embeddings)} tensors of embeddings; a checkpoint "
+                f"{lora.path.name} brings {len(lora.file.embeddings)} tensors of embeddings; a checkpoint "
                 "cannot hold them: keep the LoRA's embedding as a file of its own."
             )
     if plan.homeless_biases:

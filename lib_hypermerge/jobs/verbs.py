@@ -10,6 +10,7 @@ from ..errors import SpecError
 from .convert_spec import ConvertSpec
 from .extract_spec import ExtractSpec
 from .inspect_spec import InspectSpec
+from .merge_spec import MergeSpec
 from .spec import Spec
 
 
@@ -29,6 +30,7 @@ class Verb:
 
 VERBS = {
     "extract": Verb("extract", "Extract", "A LoRA from a fine-tuned checkpoint and its base.", ExtractSpec, ".extract"),
+    "merge": Verb("merge", "Merge", "LoRAs into a checkpoint, for good or to try.", MergeSpec, ".merge"),
     "convert": Verb(
         "convert", "Convert", "A LoRA in another dialect or family, a checkpoint in another number format.",
         ConvertSpec, ".convert",
