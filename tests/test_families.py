@@ -189,6 +189,13 @@ def test_parts_of_no_family():
         families.build({"dora_scale": torch.ones(4, 1)})
 
 
+def test_parts_of_two_families():
+    for name, more in (("lora", "diff"), ("lokr-whole-whole", "lokr_t1"), ("glora", "bm.weight")):
+        _, parts, _ = made(name, LINEAR)
+        with pytest.raises(FormatError, match=more):
+            families.build(tensors(parts | {more: np.ones((12, 8))}))
+
+
 class TestScale:
     """alpha / rank, unless the file says otherwise."""
 
@@ -291,12 +298,11 @@ class TestDora:
             axis == 0
         )
 
-    @pytest.mark.parametrize("key", ["lora_magnitude_vector", "lora_magnitude_vector.weight"])
     @pytest.mark.parametrize(("shape", "stored"), [(LINEAR, (12,)), (CONV3, (1, 12, 1, 1))])
-    def test_pefts_magnitudes_are_per_output_row(self, key, shape, stored):
+    def test_pefts_magnitudes_are_per_output_row(self, shape, stored):
         case, parts, W = made("lora", shape)
         m = magnitudes(rng("m"), shape, 0)
-        adapter = families.build(tensors(parts | {key: m.reshape(stored)}), 2.0)
+        adapter = families.build(tensors(parts | {"lora_magnitude_vector": m.reshape(stored)}), 2.0)
         assert adapter.fits(adapter.shapes, shape)
         assert close(adapter.change(torch.from_numpy(W)), W, dora(case.tuned(parts, W, 2.0), m, 0), EXACT)
 

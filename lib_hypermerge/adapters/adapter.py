@@ -31,12 +31,13 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     title: ClassVar[str]
+    parts: ClassVar[frozenset[str]]  # all that a module can have, but for those that any may have
     needs_weight: ClassVar[bool] = False  # change(W) depends on the numbers in W
 
     @classmethod
-    @abstractmethod
     def matches(cls, parts: Collection[str]) -> bool:
         """Whether a module with these part names is of this family (complete or not)."""
+        return not cls.parts.isdisjoint(parts)
 
     @classmethod
     @abstractmethod

@@ -18,8 +18,8 @@ import torch
 from ..algebra import dora
 from .adapter import Adapter, Shape, Shapes, flat
 
-SCALE, PEFT, PEFT_WEIGHT = "dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"
-MAGNITUDES = (SCALE, PEFT, PEFT_WEIGHT)
+SCALE, PEFT = "dora_scale", "lora_magnitude_vector"
+MAGNITUDES = (SCALE, PEFT)
 
 
 class Dora(Adapter):
@@ -51,7 +51,7 @@ class Dora(Adapter):
         own = shapes.get(SCALE)
         n, c = weight[:2]
         if own is None:
-            stored = next(shapes[name] for name in (PEFT, PEFT_WEIGHT) if name in shapes)
+            stored = shapes[PEFT]
             return dora.OUTPUT if sum(size != 1 for size in stored) <= 1 and max(stored) == n else None
         if flat(own) == (n, 1):
             return dora.OUTPUT
@@ -101,6 +101,7 @@ def over(inner: type[Adapter]) -> type[Dora]:
     plain = inner.family == "lora"
     names = {
         "inner": inner,
+        "parts": inner.parts.union(MAGNITUDES),
         "family": "dora" if plain else f"dora+{inner.family}",
         "title": "DoRA" if plain else f"DoRA on {inner.title}",
     }

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import FormatError
 from . import dora
-from .adapter import Adapter, Shapes
+from .adapter import BIAS, Adapter, Shapes
 from .full import Full
 from .glora import Glora
 from .ia3 import Ia3
@@ -41,6 +41,12 @@ def family_of(shapes: Shapes) -> type[Adapter]:
     family = find(shapes)
     if family is None:
         raise FormatError(f"No family of adapters has the parts {', '.join(sorted(shapes))}.")
+    strange = sorted(shapes.keys() - family.parts - {ALPHA, SCALE, BIAS})
+    if strange:
+        raise FormatError(
+            f"A module ({family.title}) has parts of another family: {', '.join(strange)}.",
+            "What the two mean together is defined nowhere.",
+        )
     family.check(shapes)
     return family
 

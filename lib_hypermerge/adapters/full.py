@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 
 from .adapter import BIAS, Adapter, Shape, Shapes, flat
@@ -15,10 +13,7 @@ class Full(Adapter):
     """The family, for weights of any number of dimensions."""
 
     family, title = "full", "full"
-
-    @classmethod
-    def matches(cls, parts: Collection[str]) -> bool:
-        return DIFF in parts or BIAS in parts
+    parts = frozenset((DIFF, BIAS))
 
     @classmethod
     def check(cls, shapes: Shapes) -> None:

@@ -7,8 +7,6 @@ b2 (n, r).  The sizes tell which.  For a convolution A mixes input channels: (WÂ
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 
 from .adapter import Adapter, Shape, Shapes, disagree, flat, require, squeezed
@@ -20,10 +18,7 @@ class Glora(Adapter):
     """The family. AUTOMATIC1111 knows the old order alone and takes no notice of alpha."""
 
     family, title, needs_weight = "glora", "GLoRA", True
-
-    @classmethod
-    def matches(cls, parts: Collection[str]) -> bool:
-        return any(part in parts for part in (A1, A2, B1, B2))
+    parts = frozenset((A1, A2, B1, B2))
 
     @classmethod
     def check(cls, shapes: Shapes) -> None:

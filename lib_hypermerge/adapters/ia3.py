@@ -19,6 +19,7 @@ class Ia3(Adapter):
     """The family. Whether the size fits rows or columns is known only once on_input has been read."""
 
     family, title, needs_weight = "ia3", "IA3", True
+    parts = frozenset((SCALES, ON_INPUT))
 
     @classmethod
     def matches(cls, parts: Collection[str]) -> bool:

@@ -9,8 +9,6 @@ every column of one w_a with every column of the other, and of the rows of the w
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 
 from ..algebra.factored import LowRank
@@ -24,10 +22,7 @@ class Loha(Adapter):
     """The family; w_b of a convolution without Tucker form is (r, c·kh·kw)."""
 
     family, title = "loha", "LoHa"
-
-    @classmethod
-    def matches(cls, parts: Collection[str]) -> bool:
-        return any(part.startswith("hada_") for part in parts)
+    parts = frozenset((A1, B1, A2, B2, T1, T2))
 
     @classmethod
     def check(cls, shapes: Shapes) -> None:

@@ -9,8 +9,6 @@ Flattened, w1 ⊗ w2 = (a1·b1) ⊗ (a2·b2) = (a1 ⊗ a2)·(b1 ⊗ b2): low-ran
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 
 from ..algebra.factored import LowRank
@@ -24,10 +22,7 @@ class Lokr(Adapter):
     """The family, in all six ways of storing it."""
 
     family, title = "lokr", "LoKr"
-
-    @classmethod
-    def matches(cls, parts: Collection[str]) -> bool:
-        return any(part.startswith("lokr_") for part in parts)
+    parts = frozenset((W1, A1, B1, W2, A2, B2, T2))
 
     @classmethod
     def check(cls, shapes: Shapes) -> None:

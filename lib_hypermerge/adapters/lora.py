@@ -6,7 +6,7 @@ With `lora_mid` (LyCORIS' Tucker form, "CP"): ΔW[o,i,y,x] = alpha/r · Σ_pq up
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -20,10 +20,7 @@ class Lora(Adapter):
     """The family; a convolution has a down (r, c, kh, kw) and an up (n, r, 1, 1), both possibly flattened."""
 
     family, title = "lora", "LoRA"
-
-    @classmethod
-    def matches(cls, parts: Collection[str]) -> bool:
-        return UP in parts or DOWN in parts
+    parts = frozenset((UP, DOWN, MID, UP_BIAS))
 
     @classmethod
     def check(cls, shapes: Shapes) -> None:

@@ -21,10 +21,11 @@ class SparseLora(Lora):
     """A LoRA beside which the largest entries of what it missed are kept one by one."""
 
     family, title = "lora+sparse", "LoRA with a sparse rest"
+    parts = Lora.parts | {INDICES, VALUES, SIZE}
 
     @classmethod
     def matches(cls, parts: Collection[str]) -> bool:
-        return any(part in parts for part in (INDICES, VALUES, SIZE))
+        return not (cls.parts - Lora.parts).isdisjoint(parts)
 
     @classmethod
     def check(cls, shapes: Shapes) -> None:

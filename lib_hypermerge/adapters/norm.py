@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -16,10 +16,7 @@ class Norm(Adapter):
     where the layer has no shift."""
 
     family, title = "norm", "norm"
-
-    @classmethod
-    def matches(cls, parts: Collection[str]) -> bool:
-        return WEIGHT in parts or SHIFT in parts
+    parts = frozenset((WEIGHT, SHIFT))
 
     @classmethod
     def check(cls, shapes: Shapes) -> None:

@@ -14,11 +14,9 @@ together as a group of b and applies R_ij (not transposed) to each group j.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 
-from .adapter import Adapter, Shape, Shapes, disagree, flat
+from .adapter import Adapter, Shape, Shapes, disagree, flat, require
 
 BLOCKS, TURNS, RESCALE = "oft_blocks", "oft_diag", "rescale"
 
@@ -27,13 +25,12 @@ class Oft(Adapter):
     """The family. ComfyUI bounds ‖Q‖ by alpha alone; kohya's and LyCORIS' bound, alpha·n, is taken here."""
 
     family, title, needs_weight = "oft", "OFT", True
-
-    @classmethod
-    def matches(cls, parts: Collection[str]) -> bool:
-        return BLOCKS in parts or TURNS in parts
+    parts = frozenset((BLOCKS, TURNS, RESCALE))
 
     @classmethod
     def check(cls, shapes: Shapes) -> None:
+        if TURNS not in shapes:
+            require(shapes, cls.title, BLOCKS)
         blocks = _blocks(shapes)
         good = len(blocks) in (3, 4) and blocks[-1] == blocks[-2] and not (TURNS in shapes and len(blocks) == 4)
         if good and len(blocks) == 4:

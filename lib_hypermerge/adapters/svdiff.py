@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 
 from ..algebra import svdiff
@@ -16,10 +14,7 @@ class Svdiff(Adapter):
     """The family; a normalisation's weight (n,) counts as one row and has a single shift."""
 
     family, title, needs_weight = "svdiff", "SVDiff", True
-
-    @classmethod
-    def matches(cls, parts: Collection[str]) -> bool:
-        return DELTA in parts
+    parts = frozenset((DELTA,))
 
     @classmethod
     def check(cls, shapes: Shapes) -> None:

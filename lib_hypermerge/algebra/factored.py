@@ -14,7 +14,7 @@ import torch
 from .lowrank import Factors, check_range, least_squares, signs_of
 from .rank import by_energy
 
-_ZERO = 1e-13  # singular values below this share of the first are rounding noise of float64
+_NOISE = 1e-15  # of float64: singular values below this share of the factors' norms are nothing but rounding
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def compress(
     right, RA = torch.linalg.qr(a.down.double().mT)
     U, S, Vh = torch.linalg.svd(a.scale * (RB @ RA.mT), full_matrices=False)
     total = float(S.square().sum())
-    r = int((_ZERO * S[0] < S).sum())
+    noise = _NOISE * abs(a.scale) * float(torch.linalg.matrix_norm(RB) * torch.linalg.matrix_norm(RA))
+    r = int((noise < S).sum())
     if energy is not None:
         r = min(r, by_energy(S.cpu(), total, energy, complete=True) or r)
     r = max(1, r if rank is None else min(r, rank))
