@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+from . import render_inspect
 from .jobs.report import Report
-
-
-def mib(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB"
-
-
-def percent(share: float) -> str:
-    """A share with as many digits as it deserves."""
-    value = 100 * share
-    return f"{value:.1f} %" if value >= 1 or value == 0 else f"{value:.2g} %"
+from .words import counts as counts
+from .words import mib as mib
+from .words import percent as percent
 
 
 def as_text(report: Report) -> str:
@@ -62,12 +56,6 @@ def _extract(report: Report) -> list[str]:
     return lines
 
 
-def counts(table: Mapping[str, int]) -> str:
-    """"192 LoRA, 3 norm", the largest first; "none" for nothing."""
-    ordered = sorted(table.items(), key=lambda item: -item[1])
-    return ", ".join(f"{count} {name}" for name, count in ordered if count) or "none"
-
-
 def _merge(report: Report) -> list[str]:
     d = report.details
     lines = [
@@ -89,4 +77,4 @@ def _more(items: list[str], shown: int) -> str:
 
 
 # verb → the lines that only its report has; a verb's own file may supply them
-TEXTS: dict[str, Callable[[Report], list[str]]] = {"extract": _extract, "merge": _merge}
+TEXTS: dict[str, Callable[[Report], list[str]]] = {"extract": _extract, "merge": _merge, "inspect": render_inspect.text}

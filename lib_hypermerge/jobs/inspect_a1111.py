@@ -8,7 +8,7 @@ word; one that is found but not understood keeps the whole file from being loade
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
@@ -95,8 +95,11 @@ def _kind(name: str, last: str, shape: Shape) -> str:
     return DEAF if "_resblocks_" in name or last == "ln_final" else NORM
 
 
-def reach(tensors: Shapes, checkpoint: Shapes, architecture: str) -> Reach:
-    """Which tensors of an adapter file take effect on a checkpoint. tensors, checkpoint: by the files' own names."""
+def reach(tensors: Shapes, checkpoint: Shapes, architecture: str, misfits: Collection[str] = ()) -> Reach:
+    """Which tensors of an adapter file take effect on a checkpoint. tensors, checkpoint: by the files' own names.
+
+    misfits: tensors of modules that have not the size of their layer.
+    """
     if architecture not in KNOWN:
         return Reach(refused="It does not know this architecture.")
     layers = layers_of(checkpoint)
@@ -118,7 +121,7 @@ def reach(tensors: Shapes, checkpoint: Shapes, architecture: str) -> Reach:
         result.refused = _refusal(parts, finder.layer(key))
         if result.refused:
             return result
-    _apply(groups, finder, tensors, result)
+    _apply(groups, finder, tensors, frozenset(misfits), result)
     return result
 
 
@@ -153,7 +156,9 @@ def _refusal(parts: dict[str, str], layer: str) -> str:
     return ""
 
 
-def _apply(groups: dict[str, dict[str, str]], finder: _Finder, tensors: Shapes, result: Reach) -> None:
+def _apply(
+    groups: dict[str, dict[str, str]], finder: _Finder, tensors: Shapes, misfits: frozenset[str], result: Reach
+) -> None:
     for key, parts in groups.items():
         layer = finder.layer(key)
         why = finder.all_or_none(key, groups)
@@ -161,6 +166,8 @@ def _apply(groups: dict[str, dict[str, str]], finder: _Finder, tensors: Shapes, 
             why = "norms of open_clip are never changed"
         elif finder.is_wide_input(key, parts, tensors):
             why = "it pads every LoRA of an in-painting model's first layer by five channels"
+        elif not misfits.isdisjoint(parts.values()):
+            why = "a size that is not the layer's"
         family = next(family for family in _FAMILIES if family.takes(frozenset(parts)))
         if family.name == "OFT" and layer == ATTENTION:
             why = "OFT of a fused attention"

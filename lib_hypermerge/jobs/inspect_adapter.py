@@ -60,6 +60,11 @@ class Seen:
         """Whether the weights of the model can be read."""
         return self.model is not None and not isinstance(self.model.file, Outline)
 
+    @property
+    def misfits(self) -> list[Piece]:
+        """Modules that have not the size of their layer."""
+        return [piece for piece in self.pieces if piece.target and not piece.fits]
+
     def component_of(self, piece: Piece) -> str:
         return piece.target.module.component if piece.target else "?"
 
@@ -115,7 +120,7 @@ def adapter_facts(seen: Seen) -> dict[str, Any]:
         "unmatched": _list(seen.resolution.unmatched if seen.model else list(file.entries)),
         "absent": {component: _list(keys) for component, keys in seen.resolution.absent.items()},
         "unknown": _list(file.unknown),
-        "misfits": _list([piece.entry.key for piece in seen.pieces if piece.target and not piece.fits]),
+        "misfits": _list([piece.entry.key for piece in seen.misfits]),
         "broken": {"count": len(seen.broken), "modules": dict(list(seen.broken.items())[:20])},
         "notes": [*file.notes, *_notes(seen)],
         "alias": alias(path, file.metadata),
@@ -231,4 +236,12 @@ def _hosts(seen: Seen) -> dict[str, Any]:
         {name: info.shape for name, info in checkpoint.items()},
         seen.architecture,
         {entry.key for entry, _ in seen.resolution.targets},
+        _misfit_tensors(seen),
     )
+
+
+def _misfit_tensors(seen: Seen) -> set[str]:
+    """Of single modules; where most do not fit, the file is for a model of another width."""
+    if 2 * len(seen.misfits) > len(seen.pieces):
+        return set()
+    return {info.name for piece in seen.misfits for info in piece.entry.parts.values()}

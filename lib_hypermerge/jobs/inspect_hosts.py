@@ -17,20 +17,20 @@ _FORGE_FLUX = ("flux-1-dev/lora", "https://github.com/black-forest-labs/flux")
 
 def host_facts(
     path: Path, metadata: Mapping[str, str], tensors: Shapes, checkpoint: Shapes, architecture: str,
-    resolved: Collection[str],
+    resolved: Collection[str], misfits: Collection[str],
 ) -> dict[str, Any]:  # fmt: skip
     """JSON-ready, by host. tensors, checkpoint: shapes by name, of the file and of a model of its architecture.
 
-    resolved: modules of the file, by their own names, that have a layer.
+    resolved: modules of the file, by their own names, that have a layer.  misfits: tensors of modules that have not
+    the size of their layer.
     """
-    reaches = {
-        "a1111": (inspect_a1111.TITLE, inspect_a1111.reach(tensors, checkpoint, architecture), a1111_group(metadata)),
-        "forge": (
-            inspect_forge.TITLE, inspect_forge.reach(tensors, checkpoint, architecture, resolved), forge_group(metadata)
-        ),
-    }  # fmt: skip
+    a1111 = inspect_a1111.reach(tensors, checkpoint, architecture, misfits)
+    forge = inspect_forge.reach(tensors, checkpoint, architecture, resolved)
     is_listed = path.is_file() and path.suffix.lower() in _LISTED
-    return {host: _facts(*row, len(tensors), is_listed) for host, row in reaches.items()}
+    return {
+        "a1111": _facts(inspect_a1111.TITLE, a1111, a1111_group(metadata), len(tensors), is_listed),
+        "forge": _facts(inspect_forge.TITLE, forge, forge_group(metadata), len(tensors), is_listed),
+    }
 
 
 def _facts(title: str, reach: Reach, group: str, tensors: int, is_listed: bool) -> dict[str, Any]:

@@ -128,10 +128,10 @@ def matrices(products: Products) -> dict[str, Any]:
 
 
 def cosines(gram: torch.Tensor) -> list[list[float | None]]:
-    """g_ij / √(g_ii·g_jj)."""
+    """g_ij / √(g_ii·g_jj), kept from rounding beyond ±1."""
     norms = gram.diagonal().clamp_min(0).sqrt()
     return [
-        [float(g / (a * b)) if a > 0 and b > 0 else None for g, b in zip(row, norms, strict=True)]
+        [min(1.0, max(-1.0, float(g / (a * b)))) if a > 0 and b > 0 else None for g, b in zip(row, norms, strict=True)]
         for row, a in zip(gram, norms, strict=True)
     ]
 

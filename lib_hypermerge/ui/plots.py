@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterable
 from typing import Any
 
-_INK, _BARS, _LINE = "#888888", ("#4c78a8", "#f58518", "#54a24b", "#b279a2"), "#e45756"
+INK, BARS, LINE = "#888888", ("#4c78a8", "#f58518", "#54a24b", "#b279a2"), "#e45756"
 
 
 def errors_picture(details: dict[str, Any]) -> str:
@@ -17,23 +18,32 @@ def errors_picture(details: dict[str, Any]) -> str:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _bars(left, details["components"])
     _curve(right, details["curve"])
-    for axes in (left, right):
+    in_ink((left, right))
+    return as_image(figure, "Relative error per block, and error over rank")
+
+
+def in_ink(all_axes: Iterable[Any]) -> None:
+    """Colours that are readable on light and dark pages."""
+    for axes in all_axes:
         axes.set_facecolor("none")
-        axes.tick_params(colors=_INK)
+        axes.tick_params(colors=INK)
         for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            text.set_color(_INK)
+            text.set_color(INK)
         for side in axes.spines.values():
-            side.set_color(_INK)
+            side.set_color(INK)
+
+
+def as_image(figure: Any, alt: str) -> str:
+    """An <img> of a matplotlib figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, transparent=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    alt = "Relative error per block, and error over rank"
     return f'<img class="hypermerge-picture" alt="{alt}" src="data:image/png;base64,{data}">'
 
 
 def _bars(axes: Any, components: dict[str, Any]) -> None:
     start, ticks, names = 0, [], []
-    for (component, part), color in zip(components.items(), _BARS, strict=False):
+    for (component, part), color in zip(components.items(), BARS, strict=False):
         heights = [100 * block["relative_error"] for block in part["blocks"].values()]
         places = range(start, start + len(heights))
         axes.bar(places, heights, color=color, label=component)
@@ -44,19 +54,19 @@ def _bars(axes: Any, components: dict[str, Any]) -> None:
     axes.set_ylabel("relative error, %")
     axes.set_title("What the LoRA misses, per block", fontsize=10)
     axes.set_ylim(top=1.15 * max(axes.get_ylim()[1], 1e-9))
-    axes.legend(fontsize=7, framealpha=0, labelcolor=_INK, ncols=len(components), loc="upper right")
+    axes.legend(fontsize=7, framealpha=0, labelcolor=INK, ncols=len(components), loc="upper right")
 
 
 def _curve(axes: Any, curve: list[dict[str, float]]) -> None:
     sizes = [point["bytes"] / 2**20 for point in curve]
     errors = [100 * point["relative_error"] for point in curve]
-    axes.plot(sizes, errors, marker="o", markersize=3, color=_LINE)
+    axes.plot(sizes, errors, marker="o", markersize=3, color=LINE)
     for point, x, y in zip(curve, sizes, errors, strict=True):
-        axes.annotate(str(point["rank"]), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7, color=_INK)
+        axes.annotate(str(point["rank"]), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7, color=INK)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelsize=6, labelcolor=_INK)
+    axes.tick_params(axis="x", which="minor", labelsize=6, labelcolor=INK)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("size, MiB")
     axes.set_ylabel("relative error, %")

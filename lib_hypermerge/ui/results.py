@@ -10,10 +10,14 @@ from ..errors import HypermergeError
 from ..jobs.report import Report
 from ..jobs.runner import CANCELLED, DONE, FAILED, Job
 from ..render import mib
-from . import extract_view, html, merge_view
+from . import extract_view, html, inspect_view, merge_view
 
 # verb → what its report shows before the notes
-VIEWS: dict[str, Callable[[Report], str]] = {"extract": extract_view.view, "merge": merge_view.view}
+VIEWS: dict[str, Callable[[Report], str]] = {
+    "extract": extract_view.view,
+    "merge": merge_view.view,
+    "inspect": inspect_view.view,
+}
 
 
 def job_html(job: Job) -> str:
