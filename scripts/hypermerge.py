@@ -19,3 +19,4 @@ def on_app_started(_demo, app):
 script_callbacks.on_ui_tabs(on_ui_tabs)
 script_callbacks.on_ui_settings(webui.add_settings)
 script_callbacks.on_app_started(on_app_started)
+script_callbacks.on_model_loaded(webui.model_loaded)

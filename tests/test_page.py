@@ -248,7 +248,7 @@ def test_a_result_that_cannot_be_shown_is_answered_with_an_error(site: Site, mon
     monkeypatch.setattr("lib_hypermerge.ui.panel.job_html", broken)
     values = {**ExtractSpec.defaults(), "base": "base.safetensors", "tuned": "tuned.safetensors", "out": "unseen"}
     raw = [list(value) if isinstance(value, tuple) else value for value in values.values()]
-    assert "RuntimeError: no picture" in panel._run("task(unseen)", *raw)
+    assert "RuntimeError: no picture" in panel._run(panel.verb, "task(unseen)", *raw)
     assert "RuntimeError: no picture" in panel._loaded(None, None)[-2]
 
 

@@ -10,20 +10,26 @@ import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SpecError
-from ..jobs.host import Context
+from ..jobs.host import Context, ModelInMemory
 from ..jobs.runner import Runner
+from . import webui_model
 from .folders import lora_names
 from .standalone import file_stem
+
+if TYPE_CHECKING:  # it needs torch, which nothing here does
+    from ..jobs.trial import Trial
 
 _HASH = re.compile(r" \[[0-9a-fA-F]{6,64}\]$")
 _STEPS = 1000
 
 
 class WebUIHost:
-    """The WebUI's own lists, folders, queue, progress bar and Interrupt button."""
+    """The WebUI's own lists, folders, queue, progress bar, Interrupt button, and model in memory."""
+
+    trial: Trial | None = None
 
     def checkpoints(self) -> list[str]:
         from modules import sd_models
@@ -77,6 +83,14 @@ class WebUIHost:
         model = getattr(getattr(sd_models, "model_data", None), "sd_model", None)
         info = getattr(model, "sd_checkpoint_info", None)
         return Path(info.filename) if info else None
+
+    def model_in_memory(self) -> ModelInMemory:
+        return webui_model.model_in_memory()
+
+    def model_loaded(self, model: object) -> None:
+        """The host has filled a model from a file, perhaps one that a trial had changed."""
+        if self.trial is not None and self.trial.model.is_of(model):
+            self.trial = None
 
     def refresh(self) -> None:
         """Let lists, prompt and cards know new files."""
@@ -238,6 +252,11 @@ def runner() -> Runner:
 def host() -> WebUIHost:
     """The one host of this process."""
     return WebUIHost()
+
+
+def model_loaded(model: object) -> None:
+    """Called by the WebUI whenever it has filled a model from a file."""
+    host().model_loaded(model)
 
 
 def add_settings() -> None:

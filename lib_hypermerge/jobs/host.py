@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import Cancelled
+from ..files.source import TensorInfo
+from ..layouts.module import Module
 
 
 @dataclass
@@ -28,6 +30,56 @@ class Context:
         self.fraction = fraction
         self.on_progress(fraction, text)
         self.check()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows start…stop of a checkpoint's tensor, which are the weight or the bias of a module."""
+
+    module: Module
+    start: int
+    stop: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Rows start…stop of a checkpoint's tensor, which are all of one parameter of a model in memory."""
+
+    parameter: str  # the host's name for it
+    start: int
+    stop: int
+
+
+class ModelInMemory(Protocol):
+    """The model that a WebUI generates with: its own weights, apart from what a prompt's LoRAs add to them."""
+
+    checkpoint: Path
+
+    def is_of(self, model: object) -> bool:
+        """Whether this is about that object of the host's."""
+        ...
+
+    def is_there(self) -> bool:
+        """Whether the host still holds it; not so if it was thrown away."""
+        ...
+
+    def spots(self, tensors: Mapping[TensorInfo, list[Part]]) -> dict[str, list[Spot]]:
+        """Where the tensors of a checkpoint stand, by their names. LayoutError if one is nowhere, or of another
+        shape there."""
+        ...
+
+    def settle(self) -> None:
+        """Take a prompt's LoRAs off, so that the parameters are the model's own; the next generation adds them."""
+        ...
+
+    def tensors(self, parameter: str) -> list[Any]:
+        """A parameter, and the copies that the host keeps of it in another number format, as torch tensors."""
+        ...
+
+    def forget_results(self) -> None:
+        """The weights were changed: what the host remembers of computing with others is void."""
+        ...
 
 
 class Host(Protocol):

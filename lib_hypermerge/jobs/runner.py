@@ -93,8 +93,11 @@ class Runner:
         self._lock = threading.Lock()
 
     def submit(self, verb_name: object, values: Any, job_id: str | None = None) -> Job:
-        """Check, plan, and start or queue a job. Raises what the plan refuses."""
-        verb = find_verb(verb_name)
+        """Check, plan, and start or queue a job. Raises what the plan refuses.
+
+        verb_name: an id of the list, or a Verb that is in no list.
+        """
+        verb = verb_name if isinstance(verb_name, Verb) else find_verb(verb_name)
         spec = verb.spec.from_json(values)
         with verb.load().make_plan(spec, self.host):
             pass  # the plan is made again when its turn comes: files may change while it waits

@@ -10,6 +10,10 @@ import gradio as gr
 
 _JS = "_js" if gr.__version__.startswith("3.") else "js"
 
+# For events that answer at once, which keep out of the queue: in gradio 3 all events share its few places, and a
+# job that is awaited holds one until it ends.
+AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+
 
 def on(
     event: Callable, fn: Callable | None, inputs: Sequence = (), outputs: Sequence = (), js: str | None = None, **more

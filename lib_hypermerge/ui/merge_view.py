@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 
 from ..jobs.report import Report
@@ -14,6 +15,12 @@ _SHOWN = 12
 def view(report: Report) -> str:
     """Of a finished merge, whether into a file or into the model in memory."""
     return f"<p>{_headline(report)}</p>" + html.table(_rows(report))
+
+
+def taken_back(report: Report) -> str:
+    """Of a trial that was undone."""
+    d = report.details
+    return f"<p>{escape(d['checkpoint'])} in memory is as it was: {d['restored']} parameters restored.</p>"
 
 
 def _headline(report: Report) -> str:

@@ -15,15 +15,13 @@ from ..errors import HypermergeError, defect
 from ..jobs.runner import QUEUED, RUNNING, Job, Runner, forecast
 from ..jobs.spec import CHECKPOINT, FILES, FLAG, LORA, LORAS, OUTPUT
 from ..jobs.verbs import Verb
-from .compat import on, update
+from .compat import AT_ONCE, on, update
 from .results import error_html, job_html, plan_html
+from .trial import TrialControls, offers_trial
 from .widgets import MODELS, Control, Lists, control, element_id, keep_out_of_config, values_of
 
 log = logging.getLogger("hypermerge")
 
-# Events that answer at once keep out of the queue: in gradio 3 all events share its few places, and a job that is
-# awaited holds one until it ends.
-_AT_ONCE = {"queue": False, "show_progress": "hidden"}
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _HASH = re.compile(r" \[[0-9a-fA-F]+\]$")
 
@@ -65,7 +63,10 @@ class Panel:
             self.forecast = gr.HTML("", elem_id=self._id("plan"))
             with gr.Row():
                 self.run = gr.Button(self.verb.title, variant="primary", elem_id=self._id("run"))
+                self.trial = TrialControls(self.verb, self.runner) if offers_trial(self.verb, self.runner) else None
                 self.interrupt = gr.Button("Interrupt", elem_id=self._id("interrupt"))
+            if self.trial:
+                self.trial.add_note()
             with gr.Column(
                 elem_id=self._id("progress_box"), elem_classes=["progress-container", "hypermerge-progress"]
             ):
@@ -103,23 +104,31 @@ class Panel:
     def _wire(self) -> None:
         components, dropdowns = self.components, [component for component, _ in self.pickers]
         verb = self.verb.id
-        started = on(
-            self.run.click, self._run, [self.task, *components], [self.result],
-            js=f"(...values) => hypermerge.start({verb!r}, values, {len(components) + 1})", show_progress="hidden",
-        )  # fmt: skip
-        on(started.then, None, js=f"() => hypermerge.ended({verb!r})")
+        started = self._on_job(self.run.click, self.verb, [self.task, *components])
+        if self.trial:
+            self.trial.wire(self._on_job, self.task, components)
         on(
-            self.interrupt.click, self._interrupt, [self.task], js=f"() => [hypermerge.task({verb!r})]", **_AT_ONCE
+            self.interrupt.click, self._interrupt, [self.task], js=f"() => [hypermerge.task({verb!r})]", **AT_ONCE
         )  # fmt: skip
-        on(self.refresh.click, self._refresh, dropdowns, dropdowns, **_AT_ONCE)
+        on(self.refresh.click, self._refresh, dropdowns, dropdowns, **AT_ONCE)
         for component in components:
-            on(component.change, self._forecast, components, [self.forecast], **_AT_ONCE)
+            on(component.change, self._forecast, components, [self.forecast], **AT_ONCE)
         if hasattr(self.verb.spec, "suggest_name"):
             out = next(c.components[0] for c in self.controls.values() if c.param.kind == OUTPUT)
             for event in (*(dropdown.change for dropdown in dropdowns), started.then):  # after a run its name is taken
-                named = on(event, self._fresh_name, components, [self.fresh], **_AT_ONCE)
+                named = on(event, self._fresh_name, components, [self.fresh], **AT_ONCE)
                 names = [out, self.suggested]  # the page decides, because somebody may have typed meanwhile
                 on(named.then, None, [*names, self.fresh], names, js="(...names) => hypermerge.suggest(...names)")
+
+    def _on_job(self, event: Callable[..., Any], verb: Verb, inputs: list[Any]) -> Any:
+        """An event that runs a job with the page watching it, and shows its result here."""
+        panel = self.verb.id
+        started = on(
+            event, lambda task, *raw: self._run(verb, task, *raw), inputs, [self.result],
+            js=f"(...values) => hypermerge.start({panel!r}, values, {len(inputs)})", show_progress="hidden",
+        )  # fmt: skip
+        on(started.then, None, js=f"() => hypermerge.ended({panel!r})")
+        return started
 
     def on_load(self, blocks: gr.Blocks) -> None:
         """When the page is opened: fresh lists, and the last job, in case its page was closed.
@@ -128,24 +137,27 @@ class Panel:
         """
         verb = self.verb.id
         dropdowns = [component for component, _ in self.pickers]
-        loaded = on(blocks.load, self._loaded, dropdowns, [*dropdowns, self.result, self.task], **_AT_ONCE)
+        loaded = on(blocks.load, self._loaded, dropdowns, [*dropdowns, self.result, self.task], **AT_ONCE)
         resumed = on(
             loaded.then, self._resume, [self.task], [self.result],
             js=f"(task) => [hypermerge.resume({verb!r}, task)]", show_progress="hidden",
         )  # fmt: skip
         on(resumed.then, None, [self.task], js=f"(task) => hypermerge.resumed({verb!r}, task)")
+        if self.trial:
+            for event in (loaded.then, resumed.then):
+                self.trial.show_after(event)
 
-    def _run(self, task: str, *raw: Any) -> str:
+    def _run(self, verb: Verb, task: str, *raw: Any) -> str:
         job_id = task or f"task({secrets.token_hex(8)})"
         try:
-            job = self.runner.submit(self.verb.id, self._values(raw), job_id)
+            job = self.runner.submit(verb, self._values(raw) if verb.spec is self.verb.spec else {}, job_id)
             job.wait()
             return job_html(job)
         except HypermergeError as error:
             self.runner.host.forget(job_id)
             return error_html(error)
         except Exception as error:
-            log.exception("%s could not be started, or its result not be shown", self.verb.id)
+            log.exception("%s could not be started, or its result not be shown", verb.id)
             self.runner.host.forget(job_id)
             return error_html(defect(error))
 
