@@ -70,13 +70,15 @@ class Seen:
 
 
 def see(file: AdapterFile, base: Model | None) -> Seen:
-    """Lay a file over the base, if that is of its architecture, else over a model of it without numbers."""
+    """Lay a file over the base, if that has as many of its layers as any, else over a model without numbers."""
     architecture, share = identify(file)
-    model = None
-    if architecture is not None:
-        same = base is not None and base.architecture.id == architecture
-        model = base if same else reference_model(architecture)
-    seen = Seen(file, architecture, share, model, lay_over(file, model) if model else Resolution())
+    model = None if architecture is None else reference_model(architecture)
+    resolution = Resolution() if model is None else lay_over(file, model)
+    if base is not None:
+        on_base = lay_over(file, base)
+        if on_base.targets and len(on_base.targets) >= len(resolution.targets):
+            architecture, model, resolution = base.architecture.id, base, on_base
+    seen = Seen(file, architecture, share, model, resolution)
     targets = {entry.key: target for entry, target in seen.resolution.targets}
     for entry in file.entries.values():
         try:
