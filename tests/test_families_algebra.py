@@ -59,6 +59,20 @@ class TestSpectralShifts:
         assert error2 == pytest.approx(best, abs=1e-20, rel=1e-9)
         torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))
 
+    @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (5, 3, 3, 3)])
+    @pytest.mark.parametrize("lacking", [0.0, 1e-9, 1e-3])
+    def test_a_decomposition_also_of_weights_that_lack_a_direction(self, shape, lacking):
+        matrix = normal(0, *shape).reshape(shape[0], -1)
+        U, S, Vh = np.linalg.svd(matrix, full_matrices=False)
+        S[-1] = lacking * S[0]
+        weight = tensor(((U * S) @ Vh).reshape(shape))
+        parts = svdiff.spectrum(weight)
+        torch.testing.assert_close((parts.U * parts.S) @ parts.Vh, weight.flatten(1), atol=1e-13, rtol=1e-12)
+        np.testing.assert_allclose(parts.S, S, atol=1e-14 * S[0], rtol=1e-9)
+        eye = torch.eye(len(S), dtype=torch.float64)
+        for orthonormal in (parts.U.mT @ parts.U, parts.Vh @ parts.Vh.mT):
+            torch.testing.assert_close(orthonormal, eye, atol=1e-9, rtol=0)
+
     def test_float32_weights_stay_float32(self):
         base = tensor(normal(0, 6, 5)).float()
         assert svdiff.change(base, torch.ones(5, dtype=torch.float16)).dtype == torch.float32
