@@ -13,7 +13,7 @@ from lib_hypermerge.layouts.detect import recognise
 from lib_hypermerge.layouts.module import EMBEDDING, LAYER_GROUPS, LORA_KINDS, NORM, PARAMETER
 from lib_hypermerge.layouts.tables import NAMES, narrow, shapes
 
-ON_A1111 = tuple(name for name in NAMES if name.startswith("sd"))
+ON_A1111 = ("sd15", "sd15_inpainting", "sd21", "sdxl")
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -66,6 +66,9 @@ FACTS = {  # architecture, variant, components, layers that a LoRA changes
     "sd21": ("sd2", "", {"unet": 282, "te": 144}),
     "sdxl": ("sdxl", "", {"unet": 794, "te1": 72, "te2": 192}),
     "flux_dev": ("flux", "", {"unet": 19 * 10 + 38 * 3 + 10}),
+    "sd3_medium": ("sd3", "3 medium", {"unet": 24 * 10 - 3 + 8}),
+    "sd35_large": ("sd3", "3.5 large", {"unet": 38 * 10 - 3 + 8}),
+    "sd35_medium": ("sd3", "3.5 medium", {"unet": 24 * 10 - 3 + 8 + 13 * 2}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Transformers instead of UNets: Flux.1 in all its spellings, and a LoRA extracted from a pair of them."""
+"""Transformers instead of UNets: Flux.1 and Stable Diffusion 3 in all spellings, and LoRAs extracted from pairs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from models import (
     base_weights,
     cast,
@@ -27,7 +29,7 @@ from test_layouts import model_of, modules_of
 from lib_hypermerge.errors import LayoutError
 from lib_hypermerge.layouts.detect import ARCHITECTURES
 from lib_hypermerge.layouts.module import LAYER_GROUPS, LORA_KINDS
-from lib_hypermerge.layouts.tables import NAMES, shapes
+from lib_hypermerge.layouts.tables import NAMES, mmdit, shapes
 
 UNET = "model.diffusion_model."
 CLIP_L, CLIP_G = "text_encoders.clip_l.transformer.text_model.", "text_encoders.clip_g.transformer.text_model."
@@ -145,6 +147,74 @@ def test_the_norms_of_flux_by_either_name(flux):
     assert reached(model_of(renamed)) == reached(model_of(flux))
 
 
+# --- Stable Diffusion 3 ---------------------------------------------------------------------------------------
+
+SD3_NAMES = {  # as sd-scripts writes them
+    "lora_unet_joint_blocks_0_context_block_attn_qkv": ("joint_blocks.0.context_block.attn.qkv", "J00", "attention"),
+    "lora_unet_joint_blocks_23_x_block_mlp_fc2": ("joint_blocks.23.x_block.mlp.fc2", "J23", "feedforward"),
+    "lora_unet_joint_blocks_12_x_block_attn2_proj": ("joint_blocks.12.x_block.attn2.proj", "J12", "attention"),
+    "lora_unet_joint_blocks_7_x_block_adaLN_modulation_1":
+        ("joint_blocks.7.x_block.adaLN_modulation.1", "J07", "embedding"),
+    "lora_unet_x_embedder_proj": ("x_embedder.proj", "IMG", "inout"),
+    "lora_unet_context_embedder": ("context_embedder", "TXT", "inout"),
+    "lora_unet_t_embedder_mlp_0": ("t_embedder.mlp.0", "TIME", "embedding"),
+    "lora_unet_y_embedder_mlp_2": ("y_embedder.mlp.2", "LABEL", "embedding"),
+    "lora_unet_final_layer_linear": ("final_layer.linear", "OUT", "inout"),
+    "lora_unet_final_layer_adaLN_modulation_1": ("final_layer.adaLN_modulation.1", "OUT", "embedding"),
+}  # fmt: skip
+
+
+def test_sd3_names_blocks_and_groups():
+    found = {m.name: m for m in modules_of(model_of(shapes("sd35_medium"))) if m.name}
+    for name, (path, block, group) in SD3_NAMES.items():
+        m = found[name]
+        assert (m.weight.name, m.block, m.group) == (f"{UNET}{path}.weight", block, group)
+
+
+def test_sd3_all_in_one():
+    encoders = clip(CLIP_L, 768, 12) | clip(CLIP_G, 1280, 32) | t5()
+    vae = {"first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3)}
+    model = model_of(shapes("sd3_medium") | encoders | vae)
+    assert (
+        model.title == "Stable Diffusion 3 medium"
+        and not model.ignored
+        and set(model.vae) == {"encoder.conv_in.weight"}
+    )
+    assert reached(model) == {"unet": 245, "te1": 72, "te2": 192, "te3": 168}
+    names = [m.name for m in modules_of(model) if m.name]
+    assert len(set(names)) == len(names)
+    assert {f"lora_te{i}_text_model_final_layer_norm" for i in (1, 2)} <= set(names)
+    without_t5 = model_of(clip(CLIP_L, 768, 12) | clip(CLIP_G, 1280, 32))
+    assert without_t5.architecture is model.architecture and set(without_t5.components) == {"te1", "te2"}
+
+
+def test_sd3_variants_are_no_pairs():
+    models = [model_of(shapes(name)) for name in ("sd3_medium", "sd35_medium", "sd35_large")]
+    assert [m.title for m in models] == [f"Stable Diffusion {v}" for v in ("3 medium", "3.5 medium", "3.5 large")]
+    assert [[one.is_kind_of(other) for other in models] for one in models] == torch.eye(3).bool().tolist()
+
+
+@pytest.mark.parametrize("name", mmdit.MODELS)
+def test_the_tables_of_sd3_are_what_diffusers_builds(name):
+    """Every key and shape, through diffusers' own converter and its model at full width, without memory.
+
+    But for the grid of positions, which diffusers computes, slowly: it is made small in both.
+    """
+    depth, side, norms, dual = mmdit.MODELS[name]
+    with torch.device("meta"):
+        table = {key: torch.empty(shape) for key, shape in shapes(name).items()}
+        assert table[UNET + "pos_embed"].shape == (1, side * side, 64 * depth)
+        table[UNET + "pos_embed"] = torch.empty(1, 16, 64 * depth)
+        converted = convert_sd3_transformer_checkpoint_to_diffusers(table)
+        model = SD3Transformer2DModel(
+            num_layers=depth, num_attention_heads=depth, caption_projection_dim=64 * depth, pos_embed_max_size=4,
+            sample_size=8,
+            qk_norm="rms_norm" if norms else None, dual_attention_layers=tuple(range(dual)),
+        )  # fmt: skip
+    built = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert {key: tuple(value.shape) for key, value in converted.items()} == built
+
+
 # --- every architecture ---------------------------------------------------------------------------------------
 
 
@@ -162,7 +232,12 @@ def test_every_layer_a_lora_reaches_has_one_name_one_block_and_a_group(name):
 
 # --- extract --------------------------------------------------------------------------------------------------
 
-PAIRS = {"flux_dev": ("flux1", "flux-1-dev/lora", "https://github.com/black-forest-labs/flux")}
+_STABILITY = "https://github.com/Stability-AI/generative-models"
+PAIRS = {
+    "flux_dev": ("flux1", "flux-1-dev/lora", "https://github.com/black-forest-labs/flux"),
+    "sd3_medium": ("medium", "stable-diffusion-3-medium/lora", _STABILITY),
+    "sd35_medium": ("5-medium", "stable-diffusion-3-5-medium/lora", _STABILITY),
+}
 
 
 @pytest.fixture(scope="module", params=PAIRS)

@@ -12,7 +12,6 @@ from .source import TensorFile
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 CHECKPOINT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
-_DENOISERS = ("unet", "transformer")
 
 
 def open_tensors(path: str | Path) -> TensorFile:
@@ -29,18 +28,6 @@ def open_tensors(path: str | Path) -> TensorFile:
     except OSError as error:
         raise _unreadable(path, error) from None
     return open_shards(path, _open_file) if is_index(path) else _open_file(path)
-
-
-def is_checkpoint_folder(path: Path) -> bool:
-    """Whether a folder is one checkpoint: in diffusers' layout, or split into shards. By file names alone."""
-    try:
-        if (path / "model_index.json").is_file():
-            return True
-        if any((path / name / "config.json").is_file() for name in _DENOISERS):
-            return True
-        return len(_indices(path)) == 1 and not (path / "config.json").is_file()
-    except OSError:
-        return False
 
 
 def _indices(folder: Path) -> list[Path]:

@@ -24,9 +24,10 @@ from .module import (
 )
 from .sd1 import SD1
 from .sd2 import SD2
+from .sd3 import SD3
 from .sdxl import SDXL
 
-ARCHITECTURES = (SD1, SD2, SDXL, FLUX)
+ARCHITECTURES = (SD1, SD2, SDXL, SD3, FLUX)
 
 _LORA_MARKS = (
     ".lora_up.",

@@ -36,7 +36,7 @@ _VARIANTS = ("", "fp16", "bf16")  # preferred in this order; others after them
 
 def is_folder(path: Path) -> bool:
     """Whether a folder is a pipeline of diffusers, or a denoiser saved alone."""
-    return (path / PIPELINE).is_file() or _components(path) != {} or _class_of(path) in _CLASSES
+    return path.is_dir() and ((path / PIPELINE).is_file() or bool(_components(path)) or _class_of(path) in _CLASSES)
 
 
 def open_folder(path: Path) -> VirtualFile:
@@ -44,7 +44,9 @@ def open_folder(path: Path) -> VirtualFile:
 
     Raises FormatError (something missing or broken) or LayoutError (another kind of model).
     """
-    folders = _components(path) or {_CLASSES[_class_of(path)]: path}
+    folders = _components(path)
+    if not folders and (kind := _CLASSES.get(_class_of(path))):
+        folders = {kind: path}
     if not any(name in folders for name in _DENOISERS):
         raise FormatError(
             f"{path.name} holds neither a unet nor a transformer.", "It has parts of a model only.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import SpecError
 from ..files.opening import open_tensors
 from ..files.source import TensorFile
 from . import diffusers_folder
@@ -20,9 +21,11 @@ def open_checkpoint(path: str | Path) -> Model:
     """
     path = Path(path)
     folder = path.parent if path.name == diffusers_folder.PIPELINE else path
-    if folder.is_dir() and diffusers_folder.is_folder(folder):
-        file = diffusers_folder.open_folder(folder)
-    else:
+    try:
+        file = diffusers_folder.open_folder(folder) if diffusers_folder.is_folder(folder) else None
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read.", f"{error.strerror}.") from None
+    if file is None:
         file = open_tensors(path)
         if diffusers_folder.is_denoiser(file.tensors):
             file = _presented(file)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from importlib import resources
 
-NAMES = ("sd15", "sd15_inpainting", "sd21", "sdxl", "flux_dev")
+from . import mmdit
+
+NAMES = ("sd15", "sd15_inpainting", "sd21", "sdxl", "flux_dev", *mmdit.MODELS)
 
 
 def shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Every key of a checkpoint with its shape."""
+    if name in mmdit.MODELS:
+        return mmdit.shapes(name)
     text = resources.files(__name__).joinpath(f"{name}.json").read_text(encoding="utf-8")
     return {key: tuple(shape) for key, shape in json.loads(text).items()}
 
