@@ -56,19 +56,20 @@ def rows_of(module: Module, weights: Weights) -> torch.Tensor:
     return whole["qkv".index(module.part) * third :][:third]
 
 
-def named_by_diffusers(family: str, weights: Weights) -> dict[bytes, str]:
-    """The numbers of a weight -> its module's name in a model that diffusers converted."""
-    return {
-        tensor.numpy().tobytes(): f"{component}.{key.removesuffix('.weight')}"
-        for component, network in models_of(family, weights).items()
-        for key, tensor in network.state_dict().items()
-        if key.endswith(".weight")
-    }
-
-
 @functools.cache
 def checkpoint_weights(family: str) -> Weights:
     return distinct(base_weights(family))
+
+
+@functools.cache
+def named_by_diffusers(family: str) -> dict[bytes, str]:
+    """The numbers of a weight -> its module's name in a model that diffusers converted."""
+    return {
+        tensor.numpy().tobytes(): f"{component}.{key.removesuffix('.weight')}"
+        for component, network in models_of(family, checkpoint_weights(family)).items()
+        for key, tensor in network.state_dict().items()
+        if key.endswith(".weight")
+    }
 
 
 def save_distinct(folder: Path, family: str) -> Path:
@@ -78,7 +79,7 @@ def save_distinct(folder: Path, family: str) -> Path:
 def layers(family: str, checkpoint: Path) -> list[Layer]:
     """Every layer that a LoRA can change, with its factors."""
     weights, generator, out = checkpoint_weights(family), torch.Generator().manual_seed(7), []
-    names = named_by_diffusers(family, weights)
+    names = named_by_diffusers(family)
     model = open_checkpoint(checkpoint)
     model.file.close()
     for modules in model.components.values():

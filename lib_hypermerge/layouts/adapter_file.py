@@ -176,6 +176,8 @@ def _read(file: TensorFile, configs: dict[str, peft.PeftConfig]) -> AdapterFile:
         module[spelled.part] = info
         votes[spelled.dialect] += 1
     for module, tensors in found.items():
+        if "weight" in tensors and "on_input" not in tensors:  # a layer's own, not IA3's
+            adapter.unknown.append(tensors.pop("weight").name)
         if _is_module(tensors):
             adapter.entries[module] = _entry(file, module, tensors, configs)
         else:
@@ -186,9 +188,7 @@ def _read(file: TensorFile, configs: dict[str, peft.PeftConfig]) -> AdapterFile:
     adapter.dialect = parts.PEFT if "" in configs else votes.most_common(1)[0][0]
     adapter.order = cloneofsimo.classes(file)
     if adapter.dialect == parts.PEFT and not configs:
-        adapter.notes.append(
-            f"{peft.CONFIG_NAME} is not beside {file.path.name}: alpha is taken to be equal to the rank."
-        )
+        adapter.notes.append(f"{peft.CONFIG_NAME} is not beside it: alpha is taken to be equal to the rank.")
     return adapter
 
 

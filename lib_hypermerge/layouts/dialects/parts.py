@@ -113,6 +113,8 @@ FOLDERS = {  # of a diffusers pipeline → component
 
 def undress(module: str, component: str = "") -> str:
     """The name with underscores for dots, after its component where that is told by the name, else by the caller."""
+    if ":" in module:  # a number
+        return module
     if "." not in module and (match := _DRESSED.fullmatch(module)):
         said = "unet" if match[1] == "transformer" else match[1]
         return "_".join(filter(None, (said or component, match[2])))

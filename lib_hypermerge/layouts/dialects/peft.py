@@ -41,8 +41,10 @@ class PeftConfig:
         """What the configuration says of the rank of a module, by its path in the model."""
         return _by_pattern(self.rank_pattern, path, self.r)
 
-    def alpha_of(self, path: str) -> float:
-        """The alpha whose alpha / rank is the module's scale."""
+    def alpha_of(self, path: str) -> float | None:
+        """The alpha whose alpha / rank is the module's scale; None for a scale of 1."""
+        if self.kind == "LOKR":  # PEFT multiplies its products by nothing, whatever alpha is
+            return None
         alpha = _by_pattern(self.alpha_pattern, path, self.alpha)
         return alpha * math.sqrt(self.rank_of(path)) if self.use_rslora else alpha
 
