@@ -1,0 +1,45 @@
+"""What a converted LoRA says of itself: all that its source said, under its own name, with its own making."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..files.metadata import lora_metadata
+from ..layouts.dialects.peft import DIFFUSERS_METADATA
+from .convert_output import RECIPE, STALE, recipe
+from .convert_plan import AdapterPlan
+from .convert_spec import KEEP, KOHYA
+
+_OF_THE_NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+# cloneofsimo's own tables, which mean nothing beside other names
+_FOREIGN = (DIFFUSERS_METADATA, "unet", "text_encoder")
+
+
+def lora_texts(plan: AdapterPlan, ranks: dict[str, int], conv_ranks: dict[str, int], **more: Any) -> dict[str, str]:
+    """The header's texts, without hashes; no date, so that equal inputs give equal files.
+
+    ranks, conv_ranks: of the LoRA modules.  more: goes into the recipe.
+    """
+    lora = plan.lora.file.file
+    kept = {k: text for k, text in lora.metadata.items() if k not in STALE and k not in _FOREIGN and ":" not in k}
+    parents = {"lora": lora} | ({"checkpoint": plan.model.file} if plan.has_weights else {})
+    own = {RECIPE: recipe(plan.spec, parents, **more)}
+    if plan.spec.to != KOHYA:
+        return {"format": "pt"} | kept | own
+    name = plan.output.stem
+    base_file = plan.model.file.path.name if plan.has_weights else ""
+    usual = lora_metadata(
+        name=name, base=plan.model.base, base_file=base_file, ranks=ranks, conv_ranks=conv_ranks, recipe={}
+    )
+    usual["ss_training_comment"] = "converted by Hypermerge"
+    if set(plan.lora.counts) - {"lora", "norm"} and plan.spec.family == KEEP:
+        usual["ss_network_module"] = "lycoris.kohya"
+    if not base_file:
+        del usual["ss_sd_model_name"]
+    if not ranks and not conv_ranks:
+        for key in _OF_THE_NETWORK[1:]:
+            usual.pop(key, None)
+    kept.pop("format", None)
+    if plan.spec.family != KEEP:
+        kept = {key: text for key, text in kept.items() if key not in _OF_THE_NETWORK}
+    return usual | kept | {"ss_output_name": name, "modelspec.title": name} | own
