@@ -1,4 +1,4 @@
-"""Flux.1 dev and schnell, its tools included: double-stream blocks D00…D18, single-stream S00…S37.
+"""Flux.1 dev and schnell, its tools included: double-stream blocks D00…D18, single-stream S00…S37, IN and OUT.
 
 Layout: black-forest-labs/flux src/flux/model.py.
 """
@@ -15,10 +15,7 @@ from .module import Architecture, ComponentTable, Lookup
 TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.")
-_PLACES = {
-    "img_in": "IMG", "txt_in": "TXT", "time_in": "TIME", "vector_in": "LABEL", "guidance_in": "GUIDE",
-    "final_layer": "OUT",
-}  # fmt: skip
+_ENTRIES = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in")
 # Chroma, Flux.2 and Hunyuan's models share names with Flux, but lack some of these
 _MARKS = (
     "img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "double_blocks.0.img_mod.lin.weight",
@@ -38,8 +35,8 @@ def describe(path: str) -> tuple[str, str]:
             return block, "embedding"
         return block, "feedforward" if "_mlp." in path else "attention"
     root = path.split(".")[0]
-    is_embedding = root.endswith("_in") and root not in ("img_in", "txt_in")
-    return _PLACES.get(root, "OUT"), "embedding" if is_embedding or "adaLN" in path else "inout"
+    is_embedding = root in ("time_in", "vector_in", "guidance_in")
+    return "IN" if root in _ENTRIES else "OUT", "embedding" if is_embedding or "adaLN" in path else "inout"
 
 
 def _variant(find: Lookup) -> str:
@@ -59,7 +56,7 @@ FLUX = Architecture(
     components=(
         ComponentTable(
             "unet", "transformer", TRANSFORMER_PREFIXES, "double_blocks.0.img_attn.qkv.weight", kohya.unet_path,
-            describe, roots=(*_PLACES, "double_blocks", "single_blocks"),
+            describe, roots=(*_ENTRIES, "double_blocks", "single_blocks", "final_layer"),
         ),
         CLIP_L,
         T5,

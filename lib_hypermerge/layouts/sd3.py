@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: joint blocks J00…J23 (J37 in 3.5 large), a text and an image stream in each.
+"""Stable Diffusion 3 and 3.5: joint blocks J00…J23 (J37 in 3.5 large), an image and a text stream in each.
 
 Layout: Stability-AI/sd3.5 mmditx.py; names in metadata: kohya-ss/sd-scripts library/sai_model_spec.py, sd3_utils.py.
 """
@@ -14,10 +14,7 @@ from .flux import TRANSFORMER_PREFIXES
 from .module import Architecture, ComponentTable, Lookup
 
 _BLOCK = re.compile(r"joint_blocks\.(\d+)\.")
-_PLACES = {
-    "x_embedder": "IMG", "pos_embed": "IMG", "context_embedder": "TXT", "t_embedder": "TIME", "y_embedder": "LABEL",
-    "final_layer": "OUT",
-}  # fmt: skip
+_ENTRIES = ("x_embedder", "pos_embed", "context_embedder", "t_embedder", "y_embedder")
 _MARKS = ("x_embedder.proj.weight", "context_embedder.weight", "y_embedder.mlp.0.weight", "final_layer.linear.weight")
 
 
@@ -29,7 +26,8 @@ def describe(path: str) -> tuple[str, str]:
             return block, "embedding"
         return block, "feedforward" if ".mlp." in path else "attention"
     root = path.split(".")[0]
-    return _PLACES.get(root, "OUT"), "embedding" if root in ("t_embedder", "y_embedder") or "adaLN" in path else "inout"
+    is_embedding = root in ("t_embedder", "y_embedder") or "adaLN" in path
+    return "IN" if root in _ENTRIES else "OUT", "embedding" if is_embedding else "inout"
 
 
 def _variant(find: Lookup) -> str:
@@ -49,7 +47,7 @@ SD3 = Architecture(
     components=(
         ComponentTable(
             "unet", "transformer", TRANSFORMER_PREFIXES, "joint_blocks.0.x_block.attn.qkv.weight", kohya.unet_path,
-            describe, roots=(*_PLACES, "joint_blocks"),
+            describe, roots=(*_ENTRIES, "joint_blocks", "final_layer"),
         ),
         CLIP_L,
         CLIP_G,
