@@ -7,6 +7,7 @@ from collections.abc import Sequence
 MOST_NAMES = 50
 MOST_TEXT = 2000
 MOST_KEYS = 200
+_READ = ("ss_", "sshs_", "modelspec.", "hypermerge")
 
 
 def shown(names: Sequence[str]) -> list[str]:
@@ -15,8 +16,9 @@ def shown(names: Sequence[str]) -> list[str]:
 
 
 def metadata_facts(metadata: dict[str, str]) -> dict[str, object]:
-    """A header's texts, long ones cut, and how many were left out or cut."""
-    kept = dict(list(metadata.items())[:MOST_KEYS])
+    """A header's texts, what programs read of it first, long ones cut, and how many were left out or cut."""
+    ordered = sorted(metadata, key=lambda key: (not key.startswith(_READ), key))
+    kept = {key: metadata[key] for key in ordered[:MOST_KEYS]}
     cut = sorted(key for key, value in kept.items() if len(value) > MOST_TEXT)
     texts = {key: value if len(value) <= MOST_TEXT else value[:MOST_TEXT] + "…" for key, value in kept.items()}
     return {"metadata": texts, "metadata_cut": cut, "metadata_left_out": len(metadata) - len(kept)}
