@@ -45,6 +45,8 @@ class Glora(Adapter):
     def notes(cls, shapes: Shapes) -> list[str]:
         if _order(shapes) == (A1, A2, B1, B2):
             return [*super().notes(shapes), "AUTOMATIC1111 cannot apply GLoRA as LyCORIS 3 and later write it."]
+        if len(shapes[A1]) > 2:
+            return [*super().notes(shapes), "AUTOMATIC1111 cannot apply GLoRA to a convolution."]
         return [*super().notes(shapes), "AUTOMATIC1111 takes no notice of a GLoRA's alpha."]
 
     @classmethod

@@ -40,7 +40,7 @@ class Ia3(Adapter):
     def notes(cls, shapes: Shapes) -> list[str]:
         notes = [*super().notes(shapes), "ComfyUI and Forge do not read IA3."]
         if len(shapes[SCALES]) > 2:
-            notes.append("AUTOMATIC1111 cannot apply IA3 to the output of a convolution.")
+            notes.append("AUTOMATIC1111 can scale a convolution's input, not its output.")
         return notes
 
     def change(self, weight: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ class Lora(Adapter):
         own, more = super().bias_change(), self.tensors.get(UP_BIAS)
         if more is None:
             return own
-        more = self.scale * more.to(torch.promote_types(more.dtype, torch.float32)).flatten()
+        more = self.scale * more.to(torch.float64 if more.dtype == torch.float64 else torch.float32).flatten()
         return more if own is None else own.to(more.dtype) + more
 
 
