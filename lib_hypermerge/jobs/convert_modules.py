@@ -75,7 +75,11 @@ class ModuleWork:
         kind = None if name is None else self.plan.notes.kinds.get(name)
         before = restored(tensors, kind, source.entry.alpha)
         known = before is not tensors or self.file.dialect in _KOHYA_LIKE
-        return {part: self._cast(tensor, part) for part, tensor in before.items()}, known
+        out = {part: self._cast(tensor, part) for part, tensor in before.items()}
+        if convert_rules.axis_of(source) == dora.OUTPUT:  # as kohya's files have them, whatever the dialect
+            name = next(name for name in MAGNITUDES if name in out)
+            out[SCALE] = out.pop(name).reshape(-1, *[1] * (max(2, len(source.shape)) - 1))
+        return out, known
 
     def _cast(self, tensor: torch.Tensor, part: str) -> torch.Tensor:
         if self.dtype is None or not tensor.is_floating_point() or part in (ALPHA, "scale"):
@@ -99,10 +103,6 @@ class ModuleWork:
             assert change is not None
             tensors.pop(UP_BIAS)
             tensors[BIAS] = change.to(tensors[UP].dtype)
-        for name in MAGNITUDES:
-            if name in tensors and convert_rules.axis_of(source) != dora.INPUT:
-                axes = max(2, len(source.shape))
-                tensors[SCALE] = tensors.pop(name).reshape(-1, *[1] * (axes - 1))
         if not known and not {ALPHA, "scale"} & tensors.keys() and (UP in tensors or source.entry.alpha is not None):
             first = next(iter(tensors.values()))
             alpha = source.entry.alpha

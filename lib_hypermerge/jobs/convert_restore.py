@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 
+from ..adapters.dora import MAGNITUDES, SCALE
 from ..adapters.lora import DOWN, UP
 from ..algebra import folding
 from ..files.dtypes import name_of, torch_dtype
@@ -26,7 +27,8 @@ Tensors = dict[str, torch.Tensor]
 class Kind:
     """A LoRA module as kohya files hold it. alpha: None where there was none, with its number format and axes.
 
-    up, down: number formats.  up_axes, down_axes: 2, or 4 as for convolutions.
+    up, down, magnitudes: number formats, the last "" where there are none.  up_axes, down_axes: 2, or 4 as for
+    convolutions.
     """
 
     rank: int
@@ -37,6 +39,7 @@ class Kind:
     down: str
     up_axes: int
     down_axes: int
+    magnitudes: str = ""
 
     @property
     def scale(self) -> float:
@@ -47,7 +50,8 @@ def kind_of(tensors: Tensors) -> Kind:
     """What there is to note of a module's tensors."""
     up, down, alpha = tensors[UP], tensors[DOWN], tensors.get(ALPHA)
     own = (None, "", 0) if alpha is None else (float(alpha.item()), name_of(alpha.dtype), alpha.dim())
-    return Kind(len(down), *own, name_of(up.dtype), name_of(down.dtype), up.dim(), down.dim())
+    magnitudes = name_of(tensors[SCALE].dtype) if SCALE in tensors else ""
+    return Kind(len(down), *own, name_of(up.dtype), name_of(down.dtype), up.dim(), down.dim(), magnitudes)
 
 
 @dataclass
@@ -70,7 +74,7 @@ def read(recipe: Mapping[str, Any], names: list[str]) -> Notes:
     try:
         assert isinstance(table, dict)
         kinds = [Kind(*values) for values in table["kinds"]]
-        types = [(int,), (int, float, type(None)), (str,), (int,), (str,), (str,), (int,), (int,)]
+        types = [(int,), (int, float, type(None)), (str,), (int,), (str,), (str,), (int,), (int,), (str,)]
         for kind in kinds:
             if not all(isinstance(v, t) for v, t in zip(astuple(kind), types, strict=True)) or kind.rank < 1:
                 return Notes()
@@ -103,6 +107,10 @@ def restored(tensors: Tensors, kind: Kind | None, alpha: float | None) -> Tensor
         return tensors  # it was changed since
     out = dict(tensors)
     out[UP], out[DOWN] = _with_axes(old_up, kind.up_axes), _with_axes(old_down, kind.down_axes)
+    for name in MAGNITUDES:
+        if kind.magnitudes and name in out:
+            narrow = out[name].to(torch_dtype(kind.magnitudes))
+            out[name] = narrow if torch.equal(narrow.to(out[name].dtype), out[name]) else out[name]
     if kind.alpha is not None:
         made = torch.tensor(kind.alpha, dtype=torch_dtype(kind.alpha_dtype))
         out[ALPHA] = made.reshape([1] * kind.alpha_axes)
@@ -114,6 +122,3 @@ def _with_axes(X: torch.Tensor, axes: int) -> torch.Tensor:
     while X.dim() < axes:
         X = X[..., None]
     return X if X.dim() == axes else X.reshape(*X.shape[: axes - 1], -1)
-
-
-FIELDS = tuple(f.name for f in fields(Kind))
