@@ -7,12 +7,20 @@ from pathlib import Path
 
 from ..files.source import TensorFile, TensorInfo
 from . import tables
-from .detect import ARCHITECTURES, recognise
+from .detect import recognise
 from .module import Model
+from .tables import text_encoders
 
-_TABLES = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl", "flux": "flux_dev", "sd3": "sd35_large"}
+# architecture → its members with other layers or sizes, and the text encoders that their tables lack
+_TABLES = {
+    "sd1": (("sd15",), ()),
+    "sd2": (("sd21",), ()),
+    "sdxl": (("sdxl",), ()),
+    "sd3": (("sd3_medium", "sd35_medium", "sd35_large"), ("clip_l", "clip_g", "t5xxl")),
+    "flux": (("flux_dev",), ("clip_l", "t5xxl")),
+}
 
-IDS = tuple(a.id for a in ARCHITECTURES if _TABLES.get(a.id) in tables.NAMES)
+IDS = tuple(_TABLES)
 
 
 class Outline(TensorFile):
@@ -40,7 +48,14 @@ class Outline(TensorFile):
         raise AssertionError("An outline has no numbers.")
 
 
-@functools.cache
 def reference_model(architecture: str) -> Model:
-    """The model of an architecture, by its id: "sd1", "sd2", "sdxl", "sd3" or "flux". Do not modify it."""
-    return recognise(Outline(architecture, tables.shapes(_TABLES[architecture])))
+    """The usual model of an architecture, by its id: "sd1", "sd2", "sdxl", "sd3" or "flux". Do not modify it."""
+    return reference_models(architecture)[0]
+
+
+@functools.cache
+def reference_models(architecture: str) -> tuple[Model, ...]:
+    """All members of an architecture that differ in layers or sizes, the usual first, with all text encoders."""
+    names, encoders = _TABLES[architecture]
+    more = text_encoders.shapes(encoders)
+    return tuple(recognise(Outline(name, tables.shapes(name) | more)) for name in names)

@@ -13,7 +13,7 @@ from ..errors import LayoutError
 from .adapter_file import AdapterFile, Entry, Resolution, Target
 from .dialects import cloneofsimo, diffusers
 from .module import LORA_KINDS, Model, Module
-from .reference import IDS, reference_model
+from .reference import IDS, reference_model, reference_models
 
 # components as names say them, besides their own id
 _SPOKEN = {"te": ("te", "te1"), "te1": ("te1", "te"), "te3": ("te3", "te2")}
@@ -71,7 +71,7 @@ def lay_over(adapter: AdapterFile, model: Model) -> Resolution:
             out.targets.append((entry, target))
     missing = {table.id for table in model.architecture.components} - model.components.keys()
     whole: dict[str, Target] = {}
-    if homeless and missing and model.architecture.id in IDS:
+    if homeless and missing:
         reference = reference_model(model.architecture.id)
         whole = addresses(reference) | _numbered(adapter, reference)
     for entry in homeless:
@@ -120,19 +120,24 @@ def identify(adapter: AdapterFile) -> tuple[str | None, float]:
     """(the architecture that an adapter was made for, None if it cannot be told; the share of its modules found there).
 
     By names first; where two architectures share them, by the sizes of a full-width model, by what the metadata says,
-    and by what is in only one of them.
+    and by what is a convolution in only one of them.
     """
-    shares = {}
+    model, share = nearest(adapter)
+    return None if model is None else model.architecture.id, share
+
+
+def nearest(adapter: AdapterFile) -> tuple[Model | None, float]:
+    """identify(), with the member of the architecture that fits best: a model without numbers."""
+    best, best_score, said = None, (0, 0, False, 0), _said(adapter.metadata)
     for architecture in IDS:
-        model = reference_model(architecture)
-        names = addresses(model) | _numbered(adapter, model)
-        found = [(entry, names[entry.name]) for entry in adapter.entries.values() if entry.name in names]
-        # a 1×1 convolution in the one, a linear layer in the other
-        kinds = sum(_same_axes(entry, target) for entry, target in found)
-        shares[architecture] = (len(found), sum(_has_size_of(*pair) for pair in found), kinds)
-    said = _said(adapter.metadata)
-    best = max(shares, key=lambda a: (*shares[a][:2], a == said, shares[a][2]))
-    share = shares[best][0] / max(1, len(adapter.entries))
+        for model in reference_models(architecture):
+            names = addresses(model) | _numbered(adapter, model)
+            found = [(entry, names[entry.name]) for entry in adapter.entries.values() if entry.name in names]
+            fitting, axes = (sum(test(*pair) for pair in found) for test in (_has_size_of, _same_axes))
+            score = (len(found), fitting, architecture == said, axes)
+            if score > best_score:
+                best, best_score = model, score
+    share = best_score[0] / max(1, len(adapter.entries))
     return (best if 2 * share >= 1 else None), share
 
 
@@ -147,7 +152,7 @@ def _said(metadata: dict[str, str]) -> str | None:
     if metadata.get("ss_v2") == "True" or "sd_v2" in said or "stable-diffusion-v2" in said:
         return "sd2"
     marks = {"sdxl": "sdxl", "stable-diffusion-xl": "sdxl", "flux": "flux", "sd3": "sd3", "stable-diffusion-3": "sd3",
-             "sd_v1": "sd1", "sd_1": "sd1", "stable-diffusion-v1": "sd1"}  # fmt: skip
+             "sd_v1": "sd1", "stable-diffusion-v1": "sd1"}  # fmt: skip
     return next((architecture for mark, architecture in marks.items() if mark in said.lower()), None)
 
 
