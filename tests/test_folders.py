@@ -152,7 +152,7 @@ def save_single(folder: Path, path: Path) -> Path:
     return path
 
 
-def test_extract_of_folders_equals_extract_of_single_files(kind, models, folder, tmp_path):
+def test_extract_from_and_merge_into_folders_as_into_single_files(kind, models, folder, tmp_path):
     torch.manual_seed(1)
     tuned = pipelines.parts(kind)
     with torch.no_grad():
@@ -166,6 +166,13 @@ def test_extract_of_folders_equals_extract_of_single_files(kind, models, folder,
     extract(*singles, tmp_path / "from_files", *options)
     one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("from_folders", "from_files"))
     assert one.keys() == other.keys() and len(one) > 200
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    for source, name in ((folder, "into_folder"), (singles[0], "into_file")):
+        arguments = ["--checkpoint", source, "--lora", tmp_path / "from_files.safetensors", "--out", tmp_path / name]
+        result = run_cli(["merge", "--json", "--quiet", *arguments])
+        assert result.returncode == 0, result.stdout
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("into_folder", "into_file"))
+    assert one.keys() == other.keys() == single_view(folder).keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -190,8 +197,9 @@ def test_the_file_that_names_the_components_stands_for_the_folder(folder):
 def test_a_full_file_is_preferred_to_its_variants_and_safetensors_to_pickles(kind, models, folder, tmp_path):
     copy = tmp_path / "m"
     shutil.copytree(folder, copy)
+    others = pipelines.parts(kind, seed=7)
     for options in ({"variant": "fp16"}, {"safe_serialization": False}, {"variant": "non_ema"}):
-        pipelines.save(copy, pipelines.parts(kind, seed=7), **options)
+        pipelines.save(copy, others, **options)
     found, expected = single_view(copy), single_view(folder)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
