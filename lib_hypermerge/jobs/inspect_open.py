@@ -45,6 +45,11 @@ def _neither(path: Path, first: HypermergeError, second: HypermergeError) -> Hyp
     """The error that says most, of what a checkpoint and what an adapter would have to be."""
     if not isinstance(second, LayoutError) or "is a LoRA" in first.what:
         return second
+    if path.is_dir():
+        return LayoutError(
+            f"{path.name} is a folder without a model.", f"{first.why} {second.why}",
+            "Name a file, or a folder that diffusers or PEFT saved.",
+        )  # fmt: skip
     if not isinstance(first, LayoutError) or "quantised" in first.what:
         return first
     why = f"{second.what} {first.why}"

@@ -22,9 +22,10 @@ _PIECE = 1 << 21  # values read at a time
 
 @dataclass(frozen=True)
 class _Piece:
-    """The same rows of one tensor in every file."""
+    """The same rows of one tensor in every file. weight: how many values of the tensor one of them stands for."""
 
     component: str
+    weight: float
     infos: tuple[TensorInfo, ...]
 
 
@@ -32,7 +33,8 @@ class _Piece:
 class Products:
     """Sums over the values that m checkpoints share, by component.
 
-    gram: (m, m) float64, Σ x_i·x_j; of changes x_i − x_base where there is a base.  values: how many, of all.
+    gram: (m, m) float64, Σ x_i·x_j, estimated from a sample of every tensor where not all is read; of changes
+    x_i − x_base where there is a base.  values: how many were read, of all.
     """
 
     gram: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -89,6 +91,7 @@ def products(
     workers, each = plan_workers(threads, "cpu", 16 * _PIECE * len(everything))
     for piece, gram, bad in map_in_order(work, pieces, workers, each, check):
         known = result.gram.get(piece.component)
+        gram *= piece.weight
         result.gram[piece.component] = gram if known is None else known + gram
         result.values += piece.infos[0].numel
         result.nonfinite += bad
@@ -100,7 +103,7 @@ def _pieces(component: str, infos: tuple[TensorInfo, ...], share: float) -> Iter
     """Runs of rows, evenly spaced, that hold a share of the tensor."""
     shape = infos[0].shape
     if not shape:
-        yield _Piece(component, infos)
+        yield _Piece(component, 1.0, infos)
         return
     rows, width = shape[0], math.prod(shape[1:])
     wanted = rows if rows * width <= _WHOLE else max(1, round(rows * share))
@@ -111,7 +114,7 @@ def _pieces(component: str, infos: tuple[TensorInfo, ...], share: float) -> Iter
         start = (rows - count) // 2 if runs == 1 else run * (rows - count) // (runs - 1)
         for first in range(start, start + count, step):
             last = min(first + step, start + count)
-            yield _Piece(component, tuple(info.rows(first, last) for info in infos))
+            yield _Piece(component, rows / wanted, tuple(info.rows(first, last) for info in infos))
 
 
 def matrices(products: Products) -> dict[str, Any]:
