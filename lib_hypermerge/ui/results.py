@@ -17,6 +17,8 @@ VIEWS: dict[str, Callable[[Report], str]] = {
     "extract": extract_view.view,
     "merge": merge_view.view,
     "inspect": inspect_view.view,
+    "try": merge_view.view,
+    "take_back": merge_view.taken_back,
 }
 
 
