@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from models import Weights, base_weights, save_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_independent_readers import models_of
 
 from lib_hypermerge.layouts.module import LORA_KINDS, Module
@@ -188,3 +188,8 @@ def save_lora(path: Path, layers: list[Layer], write: Callable[[Layer], Weights]
     tensors = {key: tensor.contiguous() for layer in layers for key, tensor in write(layer).items()}
     save_file(tensors, path, metadata or None)
     return path
+
+
+def stored(path: Path) -> Weights:
+    """A file's tensors in memory of their own, so that the file can be written anew."""
+    return {key: tensor.clone() for key, tensor in load_file(path).items()}

@@ -18,13 +18,14 @@ from dialect_files import (
     rows_of,
     save_distinct,
     save_lora,
+    stored,
 )
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from models import save_checkpoint
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_dialects import traversed
 from test_independent_readers import models_of
 
@@ -214,7 +215,7 @@ def test_the_alphas_that_newer_diffusers_writes_into_the_header(checkpoints, tmp
 def test_an_alpha_in_the_file_goes_before_the_configuration(checkpoints, tmp_path):
     written = layers("sd15", checkpoints["sd15"])[:1]
     path = save_lora(tmp_path / "a.safetensors", written, diffusers)
-    state = load_file(path) | {f"{written[0].diffusers}.alpha": torch.tensor(1.0)}
+    state = stored(path) | {f"{written[0].diffusers}.alpha": torch.tensor(1.0)}
     header = {"unet.r": 3, "unet.lora_alpha": 6}
     save_file(state, path, {"lora_adapter_metadata": json.dumps(header)})
     with opened(path, checkpoints["sd15"]) as lora:
@@ -352,7 +353,7 @@ def test_bundled_embeddings_are_kept_apart(checkpoints, tmp_path):
     written = layers("sd15", checkpoints["sd15"])[:2]
     path = save_lora(tmp_path / "a.safetensors", written, kohya)
     bundle = {"bundle_emb.cat.string_to_param.*": torch.ones(1, 24), "bundle_emb.dog.emb_params": torch.ones(1, 24)}
-    save_file(load_file(path) | bundle, path)
+    save_file(stored(path) | bundle, path)
     with open_adapter(path) as adapter:
         assert adapter.embeddings.keys() == bundle.keys()
         assert len(adapter.entries) == 2 and adapter.unknown == []
@@ -363,7 +364,7 @@ def test_full_weights_beside_a_lora_are_no_modules(checkpoints, tmp_path):
     written = layers("sd15", checkpoints["sd15"])[:2]
     path = save_lora(tmp_path / "a.safetensors", written, diffusers)
     more = {"unet.conv_in.weight": torch.ones(4, 4), "unet.mid_block.alpha": torch.tensor(1.0)}
-    save_file(load_file(path) | more, path)
+    save_file(stored(path) | more, path)
     with opened(path, checkpoints["sd15"]) as lora:
         assert set(lora.file.unknown) == set(more)
         assert "2 tensors are part of no module" in lora.warnings[0]

@@ -17,9 +17,10 @@ from dialect_files import (
     layers,
     save_distinct,
     save_lora,
+    stored,
 )
 from models import save_checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lib_hypermerge.errors import FormatError, LayoutError
 from lib_hypermerge.jobs.adapter_inputs import open_lora
@@ -84,7 +85,7 @@ def renamed(tensors: dict[str, torch.Tensor], pattern: str, to: str) -> dict[str
 def test_some_unmatched_modules_are_named(made, tmp_path):
     checkpoint, all_layers = made["sd15"]
     path = save_lora(tmp_path / "a.safetensors", all_layers, kohya)
-    strange = renamed(load_file(path), "_mid_block_", "_other_block_")
+    strange = renamed(stored(path), "_mid_block_", "_other_block_")
     strange["what.is.this"] = torch.ones(3)
     save_file(strange, path)
     with opened(path, checkpoint) as lora:
@@ -117,7 +118,7 @@ def test_a_lora_for_another_architecture_is_named(made, tmp_path, lora_family, c
 
 def test_mostly_strange_names_are_refused(made, tmp_path):
     path = save_lora(tmp_path / "a.safetensors", made["sd15"][1], kohya)
-    save_file(renamed(load_file(path), "lora_unet_", "lora_unet_some_"), path)
+    save_file(renamed(stored(path), "lora_unet_", "lora_unet_some_"), path)
     with pytest.raises(LayoutError, match=r"of 354 modules of a\.safetensors have no layer.*lora_unet_some_"):
         opened(path, made["sd15"][0])
 
@@ -152,7 +153,7 @@ def few(made) -> list[Layer]:
 def broken(made, tmp_path, change) -> str:
     """The text of the error for a LoRA of six modules that somebody damaged."""
     path = save_lora(tmp_path / "a.safetensors", few(made), kohya)
-    tensors = load_file(path)
+    tensors = stored(path)
     change(tensors, few(made)[2])
     save_file(tensors, path)
     with pytest.raises((FormatError, LayoutError)) as caught:
@@ -202,7 +203,7 @@ def test_a_layer_named_twice_is_refused(made, tmp_path):
 
 def test_alpha_zero_is_told(made, tmp_path):
     path = save_lora(tmp_path / "a.safetensors", few(made), kohya)
-    tensors = load_file(path)
+    tensors = stored(path)
     name = few(made)[2].module.name
     tensors[f"{name}.alpha"] = torch.tensor(0.0)
     save_file(tensors, path)
@@ -212,7 +213,7 @@ def test_alpha_zero_is_told(made, tmp_path):
 
 def test_a_missing_alpha_is_a_scale_of_one(made, tmp_path):
     path = save_lora(tmp_path / "a.safetensors", few(made), kohya)
-    save_file({key: t for key, t in load_file(path).items() if not key.endswith(".alpha")}, path)
+    save_file({key: t for key, t in stored(path).items() if not key.endswith(".alpha")}, path)
     with opened(path, made["sd15"][0]) as lora:
         assert [lora.load(entry).scale for entry, _ in lora.resolution.targets] == [1.0] * 6
         assert lora.warnings == []
