@@ -15,7 +15,7 @@ from ..files.source import TensorInfo
 from ..layouts.adapter_file import AdapterFile, Entry, Resolution, Target
 from ..layouts.module import Model
 from ..layouts.reference import Outline, reference_model
-from ..layouts.resolve import identify, lay_over
+from ..layouts.resolve import lay_over, nearest
 from .inspect_checkpoint import dtype_counts
 from .inspect_common import shown
 from .inspect_hosts import alias, host_facts
@@ -71,8 +71,8 @@ class Seen:
 
 def see(file: AdapterFile, base: Model | None) -> Seen:
     """Lay a file over the base, if that has as many of its layers as any, else over a model without numbers."""
-    architecture, share = identify(file)
-    model = None if architecture is None else reference_model(architecture)
+    model, share = nearest(file)
+    architecture = None if model is None else model.architecture.id
     resolution = Resolution() if model is None else lay_over(file, model)
     if base is not None:
         on_base = lay_over(file, base)
