@@ -21,11 +21,11 @@ COMPONENTS = {
     "flux": {"unet": "transformer", "te1": "text_encoder", "te3": "text_encoder_2"},
 }
 
-_RESNET = {
+RESNET = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
     "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
 }  # fmt: skip
-_UNET_ROOT = {
+UNET_ROOT = {
     "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
@@ -33,12 +33,12 @@ _UNET_ROOT = {
 _BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.?(.*)")
 _MIDDLE = re.compile(r"middle_block\.(\d)\.(.*)")
 
-_OPEN_CLIP = {
+OPEN_CLIP = {
     "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
 }  # fmt: skip
-_OPEN_CLIP_ROOT = {
+OPEN_CLIP_ROOT = {
     "ln_final": "final_layer_norm", "token_embedding": "embeddings.token_embedding",
     "positional_embedding": "embeddings.position_embedding",
 }  # fmt: skip
@@ -69,11 +69,11 @@ def names(architecture: str, module: Module) -> list[tuple[str, Piece]]:
 
 def unet(path: str) -> str | None:
     """A layer of a UNet in the checkpoint's spelling, e.g. input_blocks.1.1.proj_in; None if it is no such path."""
-    if path in _UNET_ROOT:
-        return _UNET_ROOT[path]
+    if path in UNET_ROOT:
+        return UNET_ROOT[path]
     if match := _MIDDLE.fullmatch(path):
         where = "attentions.0" if match[1] == "1" else f"resnets.{int(match[1]) // 2}"
-        return f"mid_block.{where}.{_RESNET.get(match[2], match[2])}"
+        return f"mid_block.{where}.{RESNET.get(match[2], match[2])}"
     if match := _BLOCK.fullmatch(path):
         side, index, slot, inner = match[1], int(match[2]), int(match[3]), match[4]
         block, layer = divmod(index - 1, 3) if side == "input" else divmod(index, 3)
@@ -82,7 +82,7 @@ def unet(path: str) -> str | None:
             return name + "downsamplers.0.conv"
         if inner == "conv":
             return name + "upsamplers.0.conv"
-        return name + f"{'attentions' if slot == 1 else 'resnets'}.{layer}.{_RESNET.get(inner, inner)}"
+        return name + f"{'attentions' if slot == 1 else 'resnets'}.{layer}.{RESNET.get(inner, inner)}"
     return None
 
 
@@ -92,9 +92,9 @@ def text_encoder(path: str) -> str | None:
         return path
     if path.startswith(("encoder.", "embeddings.")) or path == "final_layer_norm":
         return f"text_model.{path}"
-    if path in _OPEN_CLIP_ROOT:
-        return f"text_model.{_OPEN_CLIP_ROOT[path]}"
+    if path in OPEN_CLIP_ROOT:
+        return f"text_model.{OPEN_CLIP_ROOT[path]}"
     match = _OPEN_LAYER.fullmatch(path)
-    if match and match[2] in _OPEN_CLIP:
-        return f"text_model.encoder.layers.{match[1]}.{_OPEN_CLIP[match[2]]}"
+    if match and match[2] in OPEN_CLIP:
+        return f"text_model.encoder.layers.{match[1]}.{OPEN_CLIP[match[2]]}"
     return None  # open_clip's text_projection, which transformers has transposed

@@ -39,8 +39,8 @@ def _turned(*tables: Mapping[str, str]) -> dict[str, str]:
 
 # --- UNet -----------------------------------------------------------------------------------------------------
 
-_RESNET = _turned(diffusers._RESNET)
-_UNET_ROOT = _turned(diffusers._UNET_ROOT) | {
+_RESNET = _turned(diffusers.RESNET)
+_UNET_ROOT = _turned(diffusers.UNET_ROOT) | {
     "class_embedding.linear_1": "label_emb.0.0", "class_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
@@ -123,10 +123,10 @@ _VAE_SHORTCUT = {"conv_shortcut": "nin_shortcut"}
 # --- text encoders --------------------------------------------------------------------------------------------
 
 _OPEN_CLIP = {
-    theirs: ours for theirs, ours in _turned(diffusers._OPEN_CLIP).items()
+    theirs: ours for theirs, ours in _turned(diffusers.OPEN_CLIP).items()
     if not theirs.startswith(("self_attn.q", "self_attn.k", "self_attn.v"))
 }  # fmt: skip
-_OPEN_CLIP_ROOT = _turned(diffusers._OPEN_CLIP_ROOT)
+_OPEN_CLIP_ROOT = _turned(diffusers.OPEN_CLIP_ROOT)
 _HF_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _HF_PROJECTION = re.compile(r"self_attn\.([qkv])_proj")
 
@@ -153,7 +153,7 @@ def open_clip(tensors: Tensors) -> dict[str, Spot]:
 
 # --- Flux and SD3 ---------------------------------------------------------------------------------------------
 
-_NORMS = transformers._NORMS
+
 _SINGLE_PARTS = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "proj_mlp": 3}
 
 
@@ -161,21 +161,21 @@ def _fused(start: tuple[str, ...]) -> dict[str, tuple[str, int]]:
     """diffusers' path in a block → (ours, which third)."""
     return {
         f"{parent}.{name}": (ours, index)
-        for ours, (parent, names) in transformers._FUSED.items()
+        for ours, (parent, names) in transformers.FUSED.items()
         if ours.startswith(start)
         for index, name in enumerate(names)
     }
 
 
 def _norms(start: tuple[str, ...]) -> dict[str, str]:
-    return _turned({ours: theirs for ours, theirs in _NORMS.items() if ours.startswith(start)})
+    return _turned({ours: theirs for ours, theirs in transformers.NORMS.items() if ours.startswith(start)})
 
 
 _IMAGE_AND_TEXT, _BLOCKS = ("img_", "txt_"), ("x_block.", "context_block.")
-_FLUX_DOUBLE = _turned(transformers._FLUX_DOUBLE) | _norms(_IMAGE_AND_TEXT), _fused(_IMAGE_AND_TEXT)
-_FLUX_SINGLE = _turned(transformers._FLUX_SINGLE) | _norms(("norm.",))
-_SD3_JOINT = _turned(transformers._SD3_JOINT) | _norms(_BLOCKS), _fused(_BLOCKS)
-_FLUX_ROOT, _SD3_ROOT = _turned(transformers._FLUX_ROOT), _turned(transformers._SD3_ROOT)
+_FLUX_DOUBLE = _turned(transformers.FLUX_DOUBLE) | _norms(_IMAGE_AND_TEXT), _fused(_IMAGE_AND_TEXT)
+_FLUX_SINGLE = _turned(transformers.FLUX_SINGLE) | _norms(("norm.",))
+_SD3_JOINT = _turned(transformers.SD3_JOINT) | _norms(_BLOCKS), _fused(_BLOCKS)
+_FLUX_ROOT, _SD3_ROOT = _turned(transformers.FLUX_ROOT), _turned(transformers.SD3_ROOT)
 _LAST = Spot("final_layer.adaLN_modulation.1", swapped=True)
 _AT = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)")
 

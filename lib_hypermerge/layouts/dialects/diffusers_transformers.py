@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_FLUX_ROOT = {
+FLUX_ROOT = {
     "img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
     "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
@@ -17,22 +17,22 @@ _FLUX_ROOT = {
     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
 }  # fmt: skip
-_FLUX_DOUBLE = {
+FLUX_DOUBLE = {
     "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out",
     "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2",
     "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
     "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
 }  # fmt: skip
-_FLUX_SINGLE = {"linear2": "proj_out", "modulation.lin": "norm.linear"}
+FLUX_SINGLE = {"linear2": "proj_out", "modulation.lin": "norm.linear"}
 
-_SD3_ROOT = {
+SD3_ROOT = {
     "x_embedder.proj": "pos_embed.proj", "context_embedder": "context_embedder", "final_layer.linear": "proj_out",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
     "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
     "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
 }  # fmt: skip
-_SD3_JOINT = {
+SD3_JOINT = {
     "x_block.attn.proj": "attn.to_out.0", "context_block.attn.proj": "attn.to_add_out",
     "x_block.attn2.proj": "attn2.to_out.0",
     "x_block.mlp.fc1": "ff.net.0.proj", "x_block.mlp.fc2": "ff.net.2",
@@ -40,7 +40,7 @@ _SD3_JOINT = {
     "x_block.adaLN_modulation.1": "norm1.linear", "context_block.adaLN_modulation.1": "norm1_context.linear",
 }  # fmt: skip
 
-_NORMS = {
+NORMS = {
     "img_attn.norm.query_norm.scale": "attn.norm_q", "img_attn.norm.key_norm.scale": "attn.norm_k",
     "txt_attn.norm.query_norm.scale": "attn.norm_added_q", "txt_attn.norm.key_norm.scale": "attn.norm_added_k",
     "norm.query_norm.scale": "attn.norm_q", "norm.key_norm.scale": "attn.norm_k",
@@ -49,7 +49,7 @@ _NORMS = {
     "x_block.attn2.ln_q": "attn2.norm_q", "x_block.attn2.ln_k": "attn2.norm_k",
 }  # fmt: skip
 _PLAIN, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-_FUSED = {
+FUSED = {
     "img_attn.qkv": ("attn", _PLAIN), "txt_attn.qkv": ("attn", _ADDED),
     "x_block.attn.qkv": ("attn", _PLAIN), "context_block.attn.qkv": ("attn", _ADDED),
     "x_block.attn2.qkv": ("attn2", _PLAIN),
@@ -74,30 +74,30 @@ class Piece:
 
 def flux(path: str, rows: int, columns: int) -> list[Piece]:
     """rows, columns: of the checkpoint's weight; a single block's linear1 is q, k, v (columns each) and the MLP."""
-    if path in _FLUX_ROOT:
-        return [Piece(_FLUX_ROOT[path], 0, rows)]
+    if path in FLUX_ROOT:
+        return [Piece(FLUX_ROOT[path], 0, rows)]
     if path == "final_layer.adaLN_modulation.1":  # shift, scale; diffusers: scale, shift
         return [Piece("norm_out.linear", 0, rows, swapped=True)]
     if match := _DOUBLE.fullmatch(path):
-        return _block(f"transformer_blocks.{match[1]}", match[2], rows, _FLUX_DOUBLE)
+        return _block(f"transformer_blocks.{match[1]}", match[2], rows, FLUX_DOUBLE)
     if match := _SINGLE.fullmatch(path):
         block = f"single_transformer_blocks.{match[1]}"
         if match[2] == "linear1":
             edges = (0, columns, 2 * columns, 3 * columns, rows)
             inner = (*(f"attn.{name}" for name in _PLAIN), "proj_mlp")
             return [Piece(f"{block}.{inner[i]}", edges[i], edges[i + 1]) for i in range(4)]
-        return _block(block, match[2], rows, _FLUX_SINGLE)
+        return _block(block, match[2], rows, FLUX_SINGLE)
     return []
 
 
 def sd3(path: str, rows: int, columns: int) -> list[Piece]:
     """rows, columns: of the checkpoint's weight."""
-    if path in _SD3_ROOT:
-        return [Piece(_SD3_ROOT[path], 0, rows)]
+    if path in SD3_ROOT:
+        return [Piece(SD3_ROOT[path], 0, rows)]
     if path == "final_layer.adaLN_modulation.1":
         return [Piece("norm_out.linear", 0, rows, swapped=True)]
     if match := _JOINT.fullmatch(path):
-        found = _block(f"transformer_blocks.{match[1]}", match[2], rows, _SD3_JOINT)
+        found = _block(f"transformer_blocks.{match[1]}", match[2], rows, SD3_JOINT)
         if match[2] == "context_block.adaLN_modulation.1" and rows == 2 * columns:
             # the last block's text stream ends with a shift and a scale alone, which diffusers swaps as in norm_out
             return [Piece(piece.path, 0, rows, swapped=True) for piece in found]
@@ -106,11 +106,11 @@ def sd3(path: str, rows: int, columns: int) -> list[Piece]:
 
 
 def _block(block: str, inner: str, rows: int, table: dict[str, str]) -> list[Piece]:
-    name = table.get(inner) or _NORMS.get(inner)
+    name = table.get(inner) or NORMS.get(inner)
     if name:
         return [Piece(f"{block}.{name}", 0, rows)]
-    if inner in _FUSED:
-        parent, names = _FUSED[inner]
+    if inner in FUSED:
+        parent, names = FUSED[inner]
         third = rows // 3
         return [Piece(f"{block}.{parent}.{name}", i * third, (i + 1) * third) for i, name in enumerate(names)]
     return []
