@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import render_inspect
+from . import render_convert, render_inspect
 from .jobs.report import Report
 from .words import counts as counts
 from .words import mib as mib
@@ -52,8 +52,7 @@ def _extract(report: Report) -> list[str]:
     methods = ", ".join(f"{count} {method}" for method, count in sorted(d["methods"].items()))
     lines.append(f"  rank {span}; {methods}")
     curve = ", ".join(f"{p['rank']}: {percent(p['relative_error'])}" for p in d["curve"])
-    lines.append(f"  error with no rank above  {curve}")
-    return lines
+    return [*lines, f"  error with no rank above  {curve}"] if curve else lines
 
 
 def _merge(report: Report) -> list[str]:
@@ -77,4 +76,7 @@ def _more(items: list[str], shown: int) -> str:
 
 
 # verb → the lines that only its report has; a verb's own file may supply them
-TEXTS: dict[str, Callable[[Report], list[str]]] = {"extract": _extract, "merge": _merge, "inspect": render_inspect.text}
+TEXTS: dict[str, Callable[[Report], list[str]]] = {
+    "extract": _extract, "merge": _merge, "inspect": render_inspect.text,
+    "convert": render_convert.text,
+}  # fmt: skip

@@ -31,18 +31,23 @@ class TestSpectralShifts:
         base = tensor(normal(0, *shape))
         S = svdiff.spectrum(base).S
         shifts = 0.1 * tensor(normal(1, *S.shape)) * S
-        torch.testing.assert_close(svdiff.extract(base, base + svdiff.change(base, shifts)), shifts)
+        found, error2 = svdiff.extract(base, svdiff.change(base, shifts))
+        torch.testing.assert_close(found, shifts)
+        assert error2 <= 1e-14 * float(base.square().sum())
 
     @QUICK
     @given(st.sampled_from(SHAPES[:3]), seeds)
     def test_extracted_shifts_are_the_best(self, shape, seed):
         """No other shifts come nearer to a tuned weight, which need not be one that shifts can reach."""
-        base, tuned = tensor(normal(seed, *shape)), tensor(normal(seed + 1, *shape))
-        shifts = svdiff.extract(base, tuned)
-        error = (base + svdiff.change(base, shifts) - tuned).norm()
-        for i in range(5):
-            other = shifts + 0.1 * tensor(normal(seed + 2 + i, *shifts.shape))
-            assert error <= (base + svdiff.change(base, other) - tuned).norm() + 1e-12
+        base, change = tensor(normal(seed, *shape)), tensor(normal(seed + 1, *shape))
+        for dtype in (torch.float64, torch.float16):
+            shifts, error2 = svdiff.extract(base, change, dtype)
+            error = (svdiff.change(base, shifts) - change).norm()
+            assert shifts.dtype == dtype
+            assert error2 == pytest.approx(float(error) ** 2, rel=1e-9)
+            for i in range(5):
+                other = shifts.double() + 0.1 * tensor(normal(seed + 2 + i, *shifts.shape))
+                assert error <= (svdiff.change(base, other) - change).norm() + (dtype == torch.float16) * 1e-3
 
     @QUICK
     @given(st.sampled_from(SHAPES[:3]), st.integers(1, 9), st.floats(-2, 2), seeds)

@@ -61,13 +61,19 @@ def change(weight: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     return (up.to(weight) @ parts.Vh.to(weight)).reshape(weight.shape)
 
 
-def extract(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
-    """δ = diag(Uᵀ·W'·V) − σ, float64: the shifts (m,) that bring the base as near to the tuned weight as shifts can.
+def extract(base: torch.Tensor, change: torch.Tensor, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, float]:
+    """(δ (m,) in dtype, ‖ΔW − what δ makes of it‖²_F): the shifts that come nearest to a change ΔW = W' − W.
 
-    Where it makes σ + δ negative relu would cut it off at 0, which is the nearest too.
+    δ = diag(Uᵀ·W'·V) − σ = diag(Uᵀ·ΔW·V). Where that makes σ + δ negative relu cuts it off at 0, the nearest too.
     """
     parts = spectrum(base)
-    return ((parts.U.mT @ as_matrix(tuned).to(parts.U)) * parts.Vh).sum(1) - parts.S
+    A = as_matrix(change).to(parts.U)
+    best = ((parts.U.mT @ A) * parts.Vh).sum(1)
+    shifts = best.to(dtype)
+    gain = gains(parts.S, shifts.double())
+    # the part of ΔW off the diagonal of Uᵀ·ΔW·V stays, whatever the shifts are
+    off = max(float(torch.linalg.vector_norm(A)) ** 2 - float(best.square().sum()), 0.0)
+    return shifts, off + float((best - gain).square().sum())
 
 
 def to_low_rank(

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from ..adapters import lora
+from ..adapters.svdiff import DELTA
+from ..algebra.lowrank import check_range
 from ..errors import NumericalError, UnchangedError
 from ..files.dtypes import OUTPUT_DTYPES, torch_dtype
 from ..files.metadata import lora_metadata, with_hashes
@@ -18,9 +20,9 @@ from . import extract_rests, extract_size
 from .devices import resolve_device
 from .extract_layers import LayerResult, LayerWork
 from .extract_measure import Measures
-from .extract_plan import ExtractPlan, make_plan
+from .extract_plan import ExtractPlan, make_plan, shifts_name
 from .extract_rests import Rests
-from .extract_spec import ExtractSpec
+from .extract_spec import SVDIFF, ExtractSpec
 from .host import Context, Host
 from .pairing import Pair
 from .report import Output, Report
@@ -101,19 +103,24 @@ class _Extraction:
         self, writer: SafetensorsWriter, chosen: dict[str, int] | None, spectra: dict[str, LayerResult] | None
     ) -> None:
         def extract(pair: Pair) -> LayerResult:
+            if self.spec.family == SVDIFF:
+                return self.work.shifts(pair)
             return self.work.extract(pair, None if chosen is None else chosen.get(pair.key, 1))
 
         fused: dict[str, list[tuple[Pair, bool]]] = {}
         for result in self._map_layers(extract, self.plan.layers):
             module = result.pair.tuned
-            if result.factors is not None:
+            if result.shifts is not None:
+                self._write_shifts(writer, module, result.shifts)
+                self.measures.add(result, result)
+            elif result.factors is not None:
                 self._write(writer, module, result.factors.up, result.factors.down)
                 self.measures.add(result, spectra[result.pair.key] if spectra else result)
             elif result.status == "identical":
                 self.identical += 1
             else:
                 self.nonfinite.append(result.pair.key)
-            if module.fused:
+            if module.fused and self.spec.family != SVDIFF:
                 key = f"{module.component}.{module.fused}"
                 fused.setdefault(key, []).append((result.pair, result.factors is not None))
         for group in fused.values():  # A1111 applies q, k, v and out of a fused attention all or none
@@ -128,6 +135,13 @@ class _Extraction:
         for name, tensor in lora.tensors(module.name, up.to(self.dtype), down.to(self.dtype), module.weight.shape):
             writer.add(name, tensor)
         (self.conv_ranks if module.kind == CONV else self.ranks)[module.name] = down.shape[0]
+
+    def _write_shifts(self, writer: SafetensorsWriter, module: Module, shifts: torch.Tensor) -> None:
+        check_range(shifts, self.dtype)
+        name = shifts_name(self.plan, module)
+        assert name is not None
+        writer.add(f"{name}.{DELTA}", shifts)
+        self.ranks[name] = len(shifts)
 
     def _vae_differs(self) -> bool:
         same = self._map(lambda pair: self.work.difference.equal(*pair), self.plan.pairing.vae)
@@ -155,7 +169,7 @@ class _Extraction:
                 "Base and fine-tune are identical in the chosen components.",
                 hint="Nothing was written. Choose two models.",
             )
-        could = rests.not_asked_for["norms"]
+        could = rests.not_asked_for["norms"] and self.spec.family != SVDIFF
         return UnchangedError(
             f"Only {len(rests.changed)} tensors outside LoRA layers differ.",
             "All layers that a LoRA reaches are identical in both files.",
@@ -174,10 +188,13 @@ class _Extraction:
             "job": "extract", "parameters": spec, "parents": self._parents(),
             "relative_error": round(self.measures.relative_error, 6),
         }  # fmt: skip
-        return lora_metadata(
+        metadata = lora_metadata(
             name=self.plan.output.stem, base=self.plan.base.base, base_file=self.plan.base.file.path.name,
             ranks=self.ranks, conv_ranks=self.conv_ranks, recipe=recipe,
         )  # fmt: skip
+        if self.spec.family == SVDIFF:  # no network that a WebUI knows, and without dimensions
+            metadata = {k: v for k, v in metadata.items() if not k.startswith(("ss_network", "modelspec."))}
+        return metadata
 
     def _header_reserve(self, rests: Rests, chosen: dict[str, int] | None) -> int:
         """An upper bound of the header's size, close enough for the size rule."""
@@ -187,7 +204,7 @@ class _Extraction:
         def entry(name: str, shape: list[int]) -> None:
             entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset]}
 
-        for p in self.plan.layers:
+        for p in self.plan.layers if self.spec.family != SVDIFF else ():
             if chosen is not None and p.key not in chosen and not p.tuned.fused:
                 continue
             rank = chosen.get(p.key, 1) if chosen is not None else self.plan.largest_rank(p)
@@ -195,6 +212,8 @@ class _Extraction:
             entry(f"{p.tuned.name}.lora_down.weight", [rank, *shape[1:]])
             entry(f"{p.tuned.name}.lora_up.weight", [shape[0], rank] + ([1, 1] if len(shape) == 4 else []))
             entry(f"{p.tuned.name}.alpha", [])
+        for p in self.plan.layers if self.spec.family == SVDIFF else ():
+            entry(f"{shifts_name(self.plan, p.tuned)}.{DELTA}", [min(p.tuned.matrix_shape)])
         for name, shape in extract_rests.tensor_names(rests):
             entry(name, list(shape))
         metadata = with_hashes(self._metadata(), "0" * 64, "0" * 8)
@@ -211,13 +230,14 @@ class _Extraction:
         if spec.rank_rule == "size" and written.bytes < 0.98 * (spec.rank_target or 0) * 2**20:
             self.warnings.append("Every layer has all the rank it can use: the file stays below the target size.")
         whole = m.energy + rests.energy
+        out_of_reach = rests.out_of_reach if spec.family != SVDIFF else [rest.label for rest in rests.left]
         skipped = {"identical": self.identical, "excluded": len(self.plan.left_out), "nonfinite": len(self.nonfinite)}
         details = {
             "architecture": self.plan.tuned.title,
             "relative_error_with_uncarried": math.sqrt((m.error2 + rests.energy_left) / whole),
             "uncarried_share": rests.energy_left / whole,
-            "unreachable_tensors": rests.out_of_reach[:50],
-            "not_asked_for": rests.not_asked_for,
+            "unreachable_tensors": out_of_reach[:50],
+            "not_asked_for": rests.not_asked_for if spec.family != SVDIFF else {},
             "skipped_because": skipped,
             "ignored": self.plan.tuned.ignored,
             "vae_differs": vae_differs,
@@ -227,12 +247,12 @@ class _Extraction:
             "curve": m.curve(),
             "device": self.device,
             "threads": self.workers * self.threads,
-            "prompt": f"<lora:{self.plan.output.stem}:1>",
+            "prompt": None if spec.family == SVDIFF else f"<lora:{self.plan.output.stem}:1>",
         }  # fmt: skip
         seconds = time.perf_counter() - self.plan.begun
         return Report(
             "extract", [Output(str(written.path), written.bytes, written.sha256)], m.relative_error,
-            sum(m.ranks.values()), sum(skipped.values()), len(rests.out_of_reach), self.warnings, seconds, details,
+            sum(m.methods.values()), sum(skipped.values()), len(out_of_reach), self.warnings, seconds, details,
         )  # fmt: skip
 
 

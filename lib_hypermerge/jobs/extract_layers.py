@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..algebra import rank as rank_rules
-from ..algebra import svd
+from ..algebra import svd, svdiff
 from ..algebra.lowrank import Factors, Matrix, decompose, factorise
 from .devices import is_out_of_memory, release
 from .difference import Difference
@@ -20,13 +20,16 @@ _FIRST_GUESS = 32
 
 @dataclass(frozen=True)
 class LayerResult:
-    """status: written, identical or nonfinite.  S: the singular values known, descending float64;
-    complete tells whether these are all.  fell_back: computed on the CPU for want of device memory."""
+    """status: written, identical or nonfinite.  Of a written layer factors, or shifts and their error2.
+    S: the singular values known, descending float64; complete tells whether these are all.
+    fell_back: computed on the CPU for want of device memory."""
 
     pair: Pair
     status: str
     energy: float = 0.0
     factors: Factors | None = None
+    shifts: torch.Tensor | None = None
+    error2: float = 0.0
     S: torch.Tensor | None = None
     complete: bool = False
     method: str = ""
@@ -44,6 +47,18 @@ class LayerWork:
 
     def extract(self, pair: Pair, rank: int | None = None) -> LayerResult:
         return self._on_device(pair, lambda matrix: self._factorise(matrix, pair, rank))
+
+    def shifts(self, pair: Pair) -> LayerResult:
+        """Spectral shifts (m,) in the output's dtype, and the error that these make."""
+        assert pair.base.weight is not None
+        weight = pair.base.weight
+
+        def work(matrix: Matrix) -> dict:
+            base = self.plan.base.file.read(weight).to(matrix.A.device).float().reshape(matrix.A.shape)
+            shifts, error2 = svdiff.extract(base, matrix.A, self.dtype)
+            return {"shifts": shifts.cpu(), "error2": error2, "method": "spectral"}
+
+        return self._on_device(pair, work)
 
     def spectrum(self, pair: Pair, cap: int) -> LayerResult:
         """Singular values up to cap, without factors."""

@@ -30,14 +30,15 @@ class Measures:
 
     def add(self, result: LayerResult, spectrum: LayerResult) -> None:
         """Take note of a written layer; spectrum is the result that knows most of its singular values."""
-        assert result.factors is not None and spectrum.S is not None
         module = result.pair.tuned
         sums = self.blocks[module.component, module.block]
-        sums[0] += result.factors.error2
+        sums[0] += result.factors.error2 if result.factors else result.error2
         sums[1] += result.energy
-        self.ranks[result.factors.rank] += 1
         self.methods[result.method] += 1
         self.fell_back += result.fell_back
+        if result.factors is None or spectrum.S is None:
+            return  # spectral shifts have neither ranks nor a curve over them
+        self.ranks[result.factors.rank] += 1
         n, k = module.matrix_shape
         self._spectra.append((spectrum.S.square(), result.energy, n, k))
 

@@ -11,9 +11,10 @@ from ..adapters.lora import tensor_bytes
 from ..errors import LayoutError, SpecError, UnchangedError
 from ..files.dtypes import ITEMSIZE, OUTPUT_DTYPES
 from ..files.writer import check_target
-from ..layouts.module import CONV, Model
+from ..layouts.dialects import diffusers
+from ..layouts.module import CONV, Model, Module
 from ..layouts.opening import open_checkpoint
-from .extract_spec import ExtractSpec
+from .extract_spec import SVDIFF, ExtractSpec
 from .host import Host
 from .pairing import Pair, Pairing, pair
 
@@ -68,6 +69,8 @@ class ExtractPlan:
 
     def bytes_at(self, rank_of) -> int:
         """Size of the file if every layer changed and got rank_of(pair)."""
+        if self.spec.family == SVDIFF:
+            return sum(min(p.tuned.matrix_shape) * self.itemsize + _ENTRY_BYTES // 2 for p in self.layers) + 4096
         factors = sum(tensor_bytes(rank_of(p), *p.tuned.matrix_shape, self.itemsize) for p in self.layers)
         return factors + _ENTRY_BYTES * len(self.layers) + 4096
 
@@ -93,7 +96,7 @@ class ExtractPlan:
         rule, seconds = self.spec.rank_rule, 0.0
         for p in self.layers:
             a, b = sorted(p.tuned.matrix_shape)
-            if rule == "cumulative":  # all singular values, in float64
+            if rule == "cumulative" or self.spec.family == SVDIFF:  # all singular values, in float64
                 seconds += 3 * svd.cost(a, b, a, False, "exact")
                 continue
             # how far ratio and energy must look is known only then; four times the usual rank is a guess
@@ -111,8 +114,9 @@ class ExtractPlan:
 
     @property
     def bytes_per_worker(self) -> int:
-        """What one worker holds: the largest layer in float32 and in bfloat16."""
-        return max(p.tuned.weight.numel for p in self.layers if p.tuned.weight) * 6
+        """What one worker holds: the largest layer in float32 and in bfloat16; for shifts, several times in float64."""
+        largest = max(p.tuned.weight.numel for p in self.layers if p.tuned.weight)
+        return largest * (36 if self.spec.family == SVDIFF else 6)
 
     @property
     def least_free_bytes(self) -> int:
@@ -178,6 +182,14 @@ def _plan_layers(spec: ExtractSpec, output: Path, base: Model, tuned: Model) -> 
     plan.layers.sort(key=lambda p: (-(p.tuned.weight.numel if p.tuned.weight else 0), p.key))
     if not plan.layers:
         raise LayoutError("No layer is left to extract.", "All were excluded.", "Choose more layer groups.")
+    if spec.family == SVDIFF and any(not shifts_name(plan, p.tuned) for p in plan.layers):
+        raise LayoutError(
+            f"Spectral shifts cannot be extracted from {tuned.title}.",
+            "Their names are those of diffusers, which splits layers that such a checkpoint fuses.",
+            "Extract a LoRA.",
+        )
+    if spec.family == SVDIFF:
+        plan.warnings.append("No WebUI loads spectral shifts: merge them into a checkpoint, or convert them to a LoRA.")
     plan.warnings += _differences(base, tuned, plan.layers)
     for component in plan.pairing.absent:
         plan.warnings.append(f"{component}: one of the files has none, so it is left out.")
@@ -185,6 +197,20 @@ def _plan_layers(spec: ExtractSpec, output: Path, base: Model, tuned: Model) -> 
         if names:
             plan.warnings.append(f"{len(names)} layers are only in the {side}, such as {names[0]}: left out.")
     return plan
+
+
+def shifts_name(plan: ExtractPlan, module: Module) -> str | None:
+    """What a file of spectral shifts calls a layer: its path in diffusers; None where that has several for it.
+
+    svdiff-pytorch's own file of a UNet has bare paths. With text encoders beside it, which svdiff-pytorch keeps in
+    files of their own, the component stands before.
+    """
+    pieces = diffusers.pieces(plan.tuned.architecture.id, module)
+    if len(pieces) != 1:
+        return None
+    if {p.tuned.component for p in plan.layers} == {"unet"}:
+        return pieces[0].path
+    return diffusers.names(plan.tuned.architecture.id, module)[0][0]
 
 
 def _components(spec: ExtractSpec, model: Model) -> list[str]:

@@ -17,6 +17,7 @@ RULES = (
     ("cumulative", "the share target of the sum of singular values in every layer"),
     ("size", "a file of target MiB, ranks allotted over all layers at once"),
 )
+LORA, SVDIFF = "lora", "svdiff"
 _GROUP_TITLES = {
     "attention": "attention", "feedforward": "feed-forward (MLP)", "projection": "projections around attention",
     "resnet": "residual blocks", "sampling": "down- and up-sampling", "embedding": "time and class embeddings",
@@ -74,6 +75,11 @@ class ExtractSpec(Spec):
         CHOICE, "Number format", "fp16 is what everything loads.", "fp16",
         choices=(("fp16", "16-bit float"), ("bf16", "bfloat16"), ("fp32", "32-bit float, twice the size")),
     )  # fmt: skip
+    family: str = param(
+        CHOICE, "Family",
+        "SVDiff keeps one number per singular value of a layer: a file under 1 MB, which few programs read.", LORA,
+        choices=((LORA, "LoRA"), (SVDIFF, "SVDiff: spectral shifts")), advanced=True,
+    )  # fmt: skip
     min_rank: int = param(INTEGER, "Least rank", "No changed layer gets less.", 1, bounds=(1, 4096), advanced=True)
     max_rank: int | None = param(
         INTEGER, "Largest rank", "No layer gets more. Empty: what a layer's size allows.", None, bounds=(1, 4096),
@@ -111,6 +117,11 @@ class ExtractSpec(Spec):
         return f"{PurePath(values['tuned']).stem}-lora" if values.get("tuned") else ""
 
     def check(self) -> None:
+        if self.family == SVDIFF and (self.rank_rule != "fixed" or self.norms or self.biases):
+            raise SpecError(
+                "Spectral shifts have no rank, and the file holds neither norms nor biases.",
+                hint="Leave out the rank rule, norms and biases, or extract a LoRA.",
+            )
         rule, target = self.rank_rule, self.rank_target
         if rule != "fixed":
             if target is None:

@@ -15,6 +15,11 @@ def errors_picture(details: dict[str, Any]) -> str:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
+    if not details["curve"]:  # nothing with ranks
+        axes = figure.subplots()
+        _bars(axes, details["components"])
+        in_ink((axes,))
+        return as_image(figure, "Relative error per block")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _bars(left, details["components"])
     _curve(right, details["curve"])
