@@ -20,8 +20,7 @@ from ..layouts.dialects import parts
 from ..layouts.dialects.peft import CONFIG_NAME
 from ..layouts.module import Model, Module
 from ..layouts.opening import open_checkpoint
-from ..layouts.reference import reference_model
-from ..layouts.resolve import identify, resolve
+from ..layouts.resolve import nearest, resolve
 from . import convert_rules
 from .adapter_inputs import LoraInput, family_of, open_lora
 from .convert_output import read_recipe, refuse_inputs
@@ -155,15 +154,14 @@ def _open_without(path: Path) -> tuple[LoraInput, Model]:
     """A LoRA laid over the architecture that its names tell, without weights. LayoutError if they tell none."""
     file = open_adapter(path)
     try:
-        architecture, share = identify(file)
-        if architecture is None:
+        model, share = nearest(file)
+        if model is None:
             shown = ", ".join(list(file.entries)[:3])
             raise LayoutError(
                 f"{path.name} is a LoRA for an architecture that Hypermerge does not know.",
                 f"Of its modules, such as {shown}, {share:.0%} have a layer in the nearest one.",
                 "Convert LoRAs for Stable Diffusion 1, 2, XL, 3 and Flux.",
             )
-        model = reference_model(architecture)
         resolution = resolve(file, model)
         return LoraInput(file, resolution, {e.key: family_of(file, e) for e, _ in resolution.targets}), model
     except BaseException:

@@ -40,11 +40,11 @@ class Piece:
 class Seen:
     """An open adapter file, understood. model: what it was laid over, with numbers if it is a real checkpoint.
 
-    broken: keys of modules of no family or with parts that disagree → why.
+    share: of its modules, that the model has layers for.  broken: keys of modules of no family or with parts that
+    disagree → why.
     """
 
     file: AdapterFile
-    architecture: str | None
     share: float
     model: Model | None
     resolution: Resolution
@@ -52,8 +52,12 @@ class Seen:
     broken: dict[str, str] = field(default_factory=dict)
 
     @property
+    def architecture(self) -> str | None:
+        return self.model.architecture.id if self.model else None
+
+    @property
     def title(self) -> str:
-        return self.model.architecture.title if self.model else "of no architecture that is known here"
+        return self.model.title if self.model else "no model that is known here"
 
     @property
     def has_numbers(self) -> bool:
@@ -72,13 +76,13 @@ class Seen:
 def see(file: AdapterFile, base: Model | None) -> Seen:
     """Lay a file over the base, if that has as many of its layers as any, else over a model without numbers."""
     model, share = nearest(file)
-    architecture = None if model is None else model.architecture.id
     resolution = Resolution() if model is None else lay_over(file, model)
     if base is not None:
         on_base = lay_over(file, base)
         if on_base.targets and len(on_base.targets) >= len(resolution.targets):
-            architecture, model, resolution = base.architecture.id, base, on_base
-    seen = Seen(file, architecture, share, model, resolution)
+            model, resolution = base, on_base
+            share = len(resolution.targets) / len(file.entries)
+    seen = Seen(file, share, model, resolution)
     targets = {entry.key: target for entry, target in seen.resolution.targets}
     for entry in file.entries.values():
         try:
@@ -228,14 +232,14 @@ def _notes(seen: Seen) -> list[str]:
 
 def _hosts(seen: Seen) -> dict[str, Any]:
     file = seen.file.file
-    if seen.architecture is None:
+    if seen.model is None or seen.architecture is None:
         return {}
-    checkpoint = reference_model(seen.architecture).file.tensors
+    model = reference_model(seen.architecture) if seen.has_numbers else seen.model
     return host_facts(
         file.path,
         file.metadata,
         {name: info.shape for name, info in file.tensors.items()},
-        {name: info.shape for name, info in checkpoint.items()},
+        {name: info.shape for name, info in model.file.tensors.items()},
         seen.architecture,
         {entry.key for entry, _ in seen.resolution.targets},
         _misfit_tensors(seen),
