@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lib_hypermerge.layouts.tables import narrow, shapes
 
 Tensors = dict[str, torch.Tensor]
 ARCHITECTURE = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl", "flux_dev": "flux"}
+SOME = r"middle_block|(in|out)put_blocks\.[1458]\.|_emb|out\.2|input_blocks\.0|(layers|resblocks|block)\.(3|22)\."
 TEXTS = {
     "ss_output_name": "before", "ss_base_model_version": "said by its trainer", "ss_tag_frequency": '{"a": {"b": 1}}',
     "modelspec.title": "before", "modelspec.author": "somebody", "sshs_model_hash": "0" * 64, "ss_network_dim": "7",
@@ -44,6 +46,11 @@ def linear_or_conv(module: Module) -> bool:
 
 def is_norm(module: Module) -> bool:
     return module.kind == NORM
+
+
+def some(module: Module) -> bool:
+    """About a tenth of the layers, of every kind and component."""
+    return re.search(SOME, f"{module.component}.{module.path}") is not None
 
 
 def lora(

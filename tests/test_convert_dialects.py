@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from convert_files import convert, deltas, layers, load, lora, same_bits, save, texts
+from convert_files import convert, deltas, layers, load, lora, same_bits, save, some, texts
 from safetensors.torch import load_file
 
 FAMILIES = ("sd15", "sd21", "sdxl", "flux_dev")
@@ -35,7 +35,9 @@ def test_there_and_back_every_bit_is_the_same(tmp_path, family, to):
 @pytest.mark.parametrize("alpha_dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_every_number_format_comes_back(tmp_path, to, dtype, alpha_dtype):
     odd = dtype != torch.float32 or to == "peft"  # 3/4 folds into 16-bit numbers by way of float32
-    before = lora("sd15", dtype=dtype, alpha_dtype=alpha_dtype, alpha=lambda i: (3.0 if odd else 2.0, 8.0, None)[i % 3])
+    before = lora(
+        "sd15", only=some, dtype=dtype, alpha_dtype=alpha_dtype, alpha=lambda i: (3.0 if odd else 2.0, 8.0, None)[i % 3]
+    )
     source = save(tmp_path / "a.safetensors", before)
     answer = convert(source, tmp_path / "b", "--to", to)
     convert(tmp_path / ("b" if to == "peft" else "b.safetensors"), tmp_path / "c")
@@ -45,7 +47,7 @@ def test_every_number_format_comes_back(tmp_path, to, dtype, alpha_dtype):
 
 @pytest.mark.parametrize("to", ["diffusers", "peft"])
 def test_mixed_ranks_come_back(tmp_path, to):
-    before = lora("sd15", rank=lambda i: 1 + i % 5, alpha=lambda i: float(1 + i % 3))
+    before = lora("sd15", only=some, rank=lambda i: 1 + i % 5, alpha=lambda i: float(1 + i % 3))
     source = save(tmp_path / "a.safetensors", before)
     answer = convert(source, tmp_path / "b", "--to", to)
     convert(tmp_path / ("b" if to == "peft" else "b.safetensors"), tmp_path / "c")
@@ -54,7 +56,7 @@ def test_mixed_ranks_come_back(tmp_path, to):
 
 
 def test_a_scale_that_float32_cannot_hold_exactly_is_told_of(tmp_path):
-    before = lora("sd15", dtype=torch.float32, rank=lambda i: 3, alpha=lambda i: 2.0)
+    before = lora("sd15", only=some, dtype=torch.float32, rank=lambda i: 3, alpha=lambda i: 2.0)
     source = save(tmp_path / "a.safetensors", before)
     answer = convert(source, tmp_path / "b", "--to", "diffusers")
     assert answer["inexact"] == len(before) // 3
@@ -69,7 +71,7 @@ def test_a_scale_that_float32_cannot_hold_exactly_is_told_of(tmp_path):
 
 def test_numbers_too_small_for_the_scale_are_kept_too(tmp_path):
     """In fp16 6e-8 · 1/4 is zero: such a file becomes float32 rather than lose them."""
-    before = {k: (t * 1e-5 if "lora_up" in k else t) for k, t in lora("sd15", alpha=lambda i: 1.0).items()}
+    before = {k: (t * 1e-5 if "lora_up" in k else t) for k, t in lora("sd15", only=some, alpha=lambda i: 1.0).items()}
     source = save(tmp_path / "a.safetensors", before)
     answer = convert(source, tmp_path / "b", "--to", "diffusers")
     assert any("float32" in warning for warning in answer["warnings"])
@@ -96,7 +98,7 @@ def test_the_change_is_the_same_in_every_dialect(tmp_path):
 
 
 def test_kohya_to_kohya_carries_everything(tmp_path):
-    before = lora("sd15") | {
+    before = lora("sd15", only=some) | {
         "lora_unet_mid_block_resnets_0_norm1.w_norm": torch.ones(40), "lora_unet_mid_block_resnets_0_norm1.b_norm":
         torch.ones(40), "lora_unet_nowhere.lora_up.weight": torch.ones(3, 2),
         "lora_unet_nowhere.lora_down.weight": torch.ones(2, 3), "bundle_emb.cat.string_to_param.*": torch.ones(2, 24),
@@ -107,7 +109,7 @@ def test_kohya_to_kohya_carries_everything(tmp_path):
 
 
 def test_metadata_is_carried_and_names_what_is_new(tmp_path):
-    source = save(tmp_path / "a.safetensors", lora("sd15"))
+    source = save(tmp_path / "a.safetensors", lora("sd15", only=some))
     convert(source, tmp_path / "b", "--to", "peft")
     convert(tmp_path / "b", tmp_path / "c")
     after = texts(tmp_path / "c.safetensors")
@@ -122,7 +124,7 @@ def test_metadata_is_carried_and_names_what_is_new(tmp_path):
 
 
 def test_a_file_without_metadata_gets_what_webuis_need(tmp_path):
-    convert(save(tmp_path / "a.safetensors", lora("sdxl"), {}), tmp_path / "b", "--to", "diffusers")
+    convert(save(tmp_path / "a.safetensors", lora("sdxl", only=some), {}), tmp_path / "b", "--to", "diffusers")
     convert(tmp_path / "b.safetensors", tmp_path / "c")
     after = texts(tmp_path / "c.safetensors")
     assert after["ss_base_model_version"] == "sdxl_base_v1-0" and after["ss_network_dim"] == "4"
@@ -132,7 +134,7 @@ def test_a_file_without_metadata_gets_what_webuis_need(tmp_path):
 @pytest.mark.parametrize("to", ["diffusers", "peft"])
 def test_what_a_dialect_cannot_say_is_counted_and_never_silent(tmp_path, to):
     norm = next(m for m in layers("sd15") if m.kind == "norm")
-    before = lora("sd15") | {
+    before = lora("sd15", only=some) | {
         f"{norm.name}.w_norm": torch.ones(norm.weight.shape), f"{norm.name}.b_norm": torch.ones(norm.weight.shape),
         "lora_unet_mid_block_attentions_0_proj_in.diff_b": torch.ones(40), "odd.tensor": torch.ones(1),
         "bundle_emb.cat.string_to_param.*": torch.ones(2, 24),
@@ -148,7 +150,7 @@ def test_what_a_dialect_cannot_say_is_counted_and_never_silent(tmp_path, to):
 
 def test_a_changed_file_is_not_restored_to_what_it_was(tmp_path):
     """The notes are about the numbers beside them: where these are others, the numbers count."""
-    before = lora("sd15", alpha=lambda i: 1.0, rank=lambda i: 3)
+    before = lora("sd15", only=some, alpha=lambda i: 1.0, rank=lambda i: 3)
     convert(save(tmp_path / "a.safetensors", before), tmp_path / "b", "--to", "diffusers")
     stored = load(tmp_path / "b.safetensors")
     key = "unet.mid_block.attentions.0.proj_in.lora_B.weight"
@@ -161,7 +163,7 @@ def test_a_changed_file_is_not_restored_to_what_it_was(tmp_path):
 
 
 def test_a_request_repeated_gives_the_same_bytes(tmp_path):
-    source = save(tmp_path / "a.safetensors", lora("sd15"))
+    source = save(tmp_path / "a.safetensors", lora("sd15", only=some))
     for to in ("kohya", "diffusers", "peft"):
         first = convert(source, tmp_path / to, "--to", to)["outputs"]
         again = convert(source, tmp_path / to, "--to", to, "--overwrite", "--threads", 3)["outputs"]
@@ -172,7 +174,7 @@ def test_a_request_repeated_gives_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
 def test_number_formats(tmp_path, to, dtype):
     wanted = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    source = save(tmp_path / "a.safetensors", lora("sd15", dtype=torch.float32, alpha=lambda i: 3.0))
+    source = save(tmp_path / "a.safetensors", lora("sd15", only=some, dtype=torch.float32, alpha=lambda i: 3.0))
     for output in convert(source, tmp_path / "b", "--to", to, "--dtype", dtype)["outputs"]:
         stored = load(output["path"])
         assert {t.dtype for k, t in stored.items() if not k.endswith("alpha")} == {wanted}

@@ -10,13 +10,14 @@ from ..errors import HypermergeError
 from ..jobs.report import Report
 from ..jobs.runner import CANCELLED, DONE, FAILED, Job
 from ..render import mib
-from . import extract_view, html, inspect_view, merge_view
+from . import convert_view, extract_view, html, inspect_view, merge_view
 
 # verb → what its report shows before the notes
 VIEWS: dict[str, Callable[[Report], str]] = {
     "extract": extract_view.view,
     "merge": merge_view.view,
     "inspect": inspect_view.view,
+    "convert": convert_view.view,
     "try": merge_view.view,
     "take_back": merge_view.taken_back,
 }
@@ -57,7 +58,8 @@ def plan_html(plan: dict[str, Any]) -> str:
     if plan.get("unmatched"):
         line += f"; {plan['unmatched']} keys not in this model"
     lines = [line, *(escape(warning) for warning in plan.get("warnings", ()))]
-    mark = f' data-architecture="{escape(model, quote=True)}"' if model else ""
+    # tells the graph of block weights how many blocks this model has
+    mark = f' data-blocks="{plan["blocks"]}"' if plan.get("blocks") else ""
     return f'<div class="hypermerge-note"{mark}>' + "<br>".join(filter(None, lines)) + "</div>"
 
 

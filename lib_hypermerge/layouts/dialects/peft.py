@@ -24,6 +24,8 @@ DIFFUSERS_METADATA = "lora_adapter_metadata"
 
 KINDS = ("LORA", "LOHA", "LOKR")
 
+_PLAIN_PATH = re.compile(r"\w[\w.]*")
+
 
 @dataclass(frozen=True)
 class PeftConfig:
@@ -53,9 +55,17 @@ def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     if path in patterns:
         return patterns[path]
     for pattern, value in patterns.items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path):
+        if _may_match(pattern, path) and re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path):
             return value
     return default
+
+
+def _may_match(pattern: str, path: str) -> bool:
+    """Quickly, of patterns that are plain paths: a folder of hundreds of ranks has as many of them."""
+    if not _PLAIN_PATH.fullmatch(pattern):
+        return True
+    before = len(path) - len(pattern)
+    return before >= 0 and path[before] == pattern[0] and (before == 0 or path[before - 1] == ".")
 
 
 def read_config(text: str, source: str) -> PeftConfig:
