@@ -156,3 +156,36 @@ def test_kinds_with_other_layers_are_not_compared(tuned, tmp_path):
     other = save_checkpoint(tmp_path / "2.safetensors", checkpoint_weights("sd21"))
     report = inspect(files[0], other, files[1])
     assert [item["files"] for item in report["similarity"]] == [[0, 2]]
+
+
+def test_what_one_file_fuses_and_the_other_keeps_apart_is_compared_row_by_row(tmp_path):
+    """Flux: q, k and v of diffusers' file against the fused layer of kohya's."""
+    weights = base_weights("flux_dev")
+    checkpoint = save_checkpoint(tmp_path / "flux.safetensors", weights)
+    width = weights["model.diffusion_model.double_blocks.0.img_attn.proj.weight"].shape[0]
+    generator = torch.Generator().manual_seed(3)
+    split, fused = {}, {}
+    for block in range(2):
+        sizes = ((width, 2), (2, width))
+        pairs = [tuple(torch.randn(size, generator=generator) for size in sizes) for _ in "qkv"]
+        for part, (up, down) in zip("qkv", pairs, strict=True):
+            name = f"transformer.transformer_blocks.{block}.attn.to_{part}"
+            split |= {f"{name}.lora_B.weight": up, f"{name}.lora_A.weight": down}
+        name = f"lora_unet_double_blocks_{block}_img_attn_qkv"
+        fused |= {f"{name}.lora_up.weight": torch.block_diag(*(up for up, _ in pairs)),
+                  f"{name}.lora_down.weight": torch.cat([down for _, down in pairs])}  # fmt: skip
+    save_file(split, tmp_path / "split.safetensors")
+    save_file(fused, tmp_path / "fused.safetensors")
+    save_file({k: t for k, t in split.items() if ".to_q" in k}, tmp_path / "queries.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in ("split", "fused", "queries")]
+    report = inspect(*files, "--base", checkpoint)
+    assert [file["dialect"] for file in report["files"]] == ["diffusers", "kohya", "diffusers"]
+    (item,) = report["similarity"]
+    assert item["cosine"][0][1] == pytest.approx(1, abs=1e-12)
+    products = [split[k.replace("lora_A", "lora_B")].double() @ split[k].double() for k in split if "lora_A" in k]
+    queries = [split[k.replace("lora_A", "lora_B")].double() @ split[k].double() for k in split if "to_q.lora_A" in k]
+    norms = [sum(float((p**2).sum()) for p in side) ** 0.5 for side in (products, queries)]
+    for row in (0, 1):
+        assert item["cosine"][row][2] == pytest.approx(norms[1] / norms[0], abs=1e-9)
+    assert [file["hosts"]["a1111"]["verdict"] for file in report["files"]] == ["refused"] * 3
+    assert [file["hosts"]["forge"]["verdict"] for file in report["files"]] == ["all"] * 3

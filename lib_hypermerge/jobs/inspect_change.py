@@ -30,7 +30,8 @@ def read_change(seen: Seen, piece: Piece) -> Change:
     """Raises Unreadable: it depends on weights that are not there, or holds NaN or Inf."""
     file = seen.file.file
     tensors = {part: file.read(info) for part, info in piece.entry.parts.items()}
-    if any(not tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
+    # 8-bit floats cannot be asked
+    if any(not tensor.float().isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
         raise Unreadable("NaN or Inf")
     adapter = build(tensors, piece.entry.alpha)
     bias = adapter.bias_change()
