@@ -243,6 +243,18 @@ def test_components_that_are_null_or_not_there_are_absent(copy):
         assert set(model.components) == {"unet", "te2"} and not model.vae
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "markers"),
+    [({"prediction_type": "v_prediction"}, {"v_pred"}), ({"prediction_type": "epsilon"}, set()), ({}, set()),
+     ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {"v_pred", "ztsnr"})],
+)  # fmt: skip
+def test_the_scheduler_s_kind_of_prediction_is_marked_as_in_a_single_file(copy, scheduler, markers):
+    (copy / "scheduler").mkdir()
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    state = single_view(copy)
+    assert {"v_pred", "ztsnr"} & state.keys() == markers and all(state[name].numel() == 0 for name in markers)
+
+
 def test_what_has_no_place_in_a_single_file_is_counted(copy):
     text = copy / "text_encoder" / "model.safetensors"
     for old in (copy / "text_encoder").glob("model*"):

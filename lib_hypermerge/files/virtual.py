@@ -75,6 +75,10 @@ class VirtualFile(TensorFile):
         self._append(name, piece, None)
         self.tensors[name] = replace(self.tensors[name], shape=(k, n), stride=(by_column, by_row))
 
+    def add_empty(self, name: str) -> None:
+        """A tensor without numbers, which says something by its name."""
+        self.tensors[name] = TensorInfo(name, "F32", (0,), self._end)
+
     def _append(self, name: str, piece: Piece, shape: tuple[int, ...] | None) -> None:
         info = piece.info
         shape = info.shape if shape is None else shape

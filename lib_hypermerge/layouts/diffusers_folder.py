@@ -17,8 +17,9 @@ from ..files.source import TensorFile
 from ..files.virtual import Piece, VirtualFile
 from .detect import ARCHITECTURES
 from .dialects import diffusers_keys as keys
+from .dialects import diffusers_transformers_keys as transformers
 from .dialects.diffusers import COMPONENTS
-from .dialects.diffusers_keys import Spot, Tensors
+from .dialects.spots import Spot, Tensors
 from .module import Architecture
 
 PIPELINE = "model_index.json"
@@ -32,6 +33,9 @@ _WEIGHTS = re.compile(
     r"\.(?P<kind>safetensors|bin)(?:\.index(?:\.(?P<late>\w+))?\.json)?"
 )
 _VARIANTS = ("", "fp16", "bf16")  # preferred in this order; others after them
+
+_SPELLERS = {"flux": transformers.flux, "sd3": transformers.sd3}  # of other denoisers: a UNet
+_SDXL_MARK = "model.diffusion_model.label_emb.0.0.weight"
 
 
 def is_folder(path: Path) -> bool:
@@ -56,7 +60,9 @@ def open_folder(path: Path) -> VirtualFile:
     try:
         for name, folder in folders.items():
             files[name] = open_tensors(_weights(folder))
-        return _present(path, files)
+        whole = _present(path, files)
+        _mark(whole, _json(path / "scheduler" / "scheduler_config.json"))
+        return whole
     except BaseException:
         for file in files.values():
             file.close()
@@ -155,7 +161,12 @@ def _present(path: Path, files: dict[str, TensorFile]) -> VirtualFile:
     return whole
 
 
-_SPELLERS = {"flux": keys.flux, "sd3": keys.sd3}
+def _mark(whole: VirtualFile, scheduler: dict) -> None:
+    """What a pipeline's scheduler says of its training, as ComfyUI and Forge read it from an SDXL file."""
+    if _SDXL_MARK in whole.tensors and scheduler.get("prediction_type") == "v_prediction":
+        whole.add_empty("v_pred")
+        if scheduler.get("rescale_betas_zero_snr"):
+            whole.add_empty("ztsnr")
 
 
 def _same_names(tensors: Tensors) -> dict[str, Spot]:

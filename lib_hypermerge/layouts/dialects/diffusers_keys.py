@@ -1,46 +1,21 @@
 """The other way round: where each tensor of a model saved by diffusers or transformers lies in a single file.
 
-Inverse of diffusers.py and diffusers_transformers.py, whose tables it turns. A VAE, which no adapter names, is told
-here alone. Source: huggingface/diffusers scripts/convert_diffusers_to_original_stable_diffusion.py, …_sdxl.py.
+Inverse of diffusers.py, whose tables it turns: UNets and text encoders. A VAE, which no adapter names, is told here
+alone. Source: huggingface/diffusers scripts/convert_diffusers_to_original_stable_diffusion.py, …_sdxl.py.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from ...files.source import TensorInfo
 from . import diffusers
-from . import diffusers_transformers as transformers
-
-Tensors = Mapping[str, TensorInfo]
-
-
-@dataclass(frozen=True)
-class Spot:
-    """A place in a single file: rows of a tensor.
-
-    key: without the component's prefix.  part of parts: where the single file fuses several.  swapped: the halves
-    of the rows change places.  turned: transposed.  axes: of the single file's tensor, where it has more of them.
-    """
-
-    key: str
-    part: int = 0
-    parts: int = 1
-    swapped: bool = False
-    turned: bool = False
-    axes: int = 0
-
-
-def _turned(*tables: Mapping[str, str]) -> dict[str, str]:
-    return {theirs: ours for table in tables for ours, theirs in table.items()}
-
+from .spots import Spot, Tensors, inverse
 
 # --- UNet -----------------------------------------------------------------------------------------------------
 
-_RESNET = _turned(diffusers.RESNET)
-_UNET_ROOT = _turned(diffusers.UNET_ROOT) | {
+_RESNET = inverse(diffusers.RESNET)
+_UNET_ROOT = inverse(diffusers.UNET_ROOT) | {
     "class_embedding.linear_1": "label_emb.0.0", "class_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
@@ -87,6 +62,7 @@ _VAE_ATTENTION = {
     "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
     "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",
 }  # fmt: skip
+_VAE_SHORTCUT = {"conv_shortcut": "nin_shortcut"}
 _VAE_BLOCK = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _VAE_MIDDLE = re.compile(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
@@ -118,15 +94,13 @@ def _vae_stem(stem: str, last: int) -> str:
     return re.sub(r"^(encoder|decoder)\.conv_norm_out$", r"\1.norm_out", stem)
 
 
-_VAE_SHORTCUT = {"conv_shortcut": "nin_shortcut"}
-
 # --- text encoders --------------------------------------------------------------------------------------------
 
 _OPEN_CLIP = {
-    theirs: ours for theirs, ours in _turned(diffusers.OPEN_CLIP).items()
+    theirs: ours for theirs, ours in inverse(diffusers.OPEN_CLIP).items()
     if not theirs.startswith(("self_attn.q", "self_attn.k", "self_attn.v"))
 }  # fmt: skip
-_OPEN_CLIP_ROOT = _turned(diffusers.OPEN_CLIP_ROOT)
+_OPEN_CLIP_ROOT = inverse(diffusers.OPEN_CLIP_ROOT)
 _HF_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _HF_PROJECTION = re.compile(r"self_attn\.([qkv])_proj")
 
@@ -148,94 +122,4 @@ def open_clip(tensors: Tensors) -> dict[str, Spot]:
                 out[name] = Spot(f"{at}attn.in_proj_{end}", "qkv".index(projection[1]), 3)
             elif match[2] in _OPEN_CLIP:
                 out[name] = Spot(f"{at}{_OPEN_CLIP[match[2]]}.{end}")
-    return out
-
-
-# --- Flux and SD3 ---------------------------------------------------------------------------------------------
-
-
-_SINGLE_PARTS = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "proj_mlp": 3}
-
-
-def _fused(start: tuple[str, ...]) -> dict[str, tuple[str, int]]:
-    """diffusers' path in a block → (ours, which third)."""
-    return {
-        f"{parent}.{name}": (ours, index)
-        for ours, (parent, names) in transformers.FUSED.items()
-        if ours.startswith(start)
-        for index, name in enumerate(names)
-    }
-
-
-def _norms(start: tuple[str, ...]) -> dict[str, str]:
-    return _turned({ours: theirs for ours, theirs in transformers.NORMS.items() if ours.startswith(start)})
-
-
-_IMAGE_AND_TEXT, _BLOCKS = ("img_", "txt_"), ("x_block.", "context_block.")
-_FLUX_DOUBLE = _turned(transformers.FLUX_DOUBLE) | _norms(_IMAGE_AND_TEXT), _fused(_IMAGE_AND_TEXT)
-_FLUX_SINGLE = _turned(transformers.FLUX_SINGLE) | _norms(("norm.",))
-_SD3_JOINT = _turned(transformers.SD3_JOINT) | _norms(_BLOCKS), _fused(_BLOCKS)
-_FLUX_ROOT, _SD3_ROOT = _turned(transformers.FLUX_ROOT), _turned(transformers.SD3_ROOT)
-_LAST = Spot("final_layer.adaLN_modulation.1", swapped=True)
-_AT = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)")
-
-
-def flux(tensors: Tensors) -> dict[str, Spot]:
-    """Spots of a FluxTransformer2DModel's tensors."""
-    return _spots(tensors, _flux_stem)
-
-
-def _flux_stem(stem: str) -> Spot | None:
-    if stem in _FLUX_ROOT:
-        return Spot(_FLUX_ROOT[stem])
-    if stem == "norm_out.linear":
-        return _LAST
-    match = _AT.fullmatch(stem)
-    if match is None:
-        return None
-    if not match[1]:
-        return _in_block(f"double_blocks.{match[2]}.", match[3], *_FLUX_DOUBLE)
-    if match[3] in _SINGLE_PARTS:
-        return Spot(f"single_blocks.{match[2]}.linear1", _SINGLE_PARTS[match[3]], 4)
-    return _in_block(f"single_blocks.{match[2]}.", match[3], _FLUX_SINGLE, {})
-
-
-def sd3(tensors: Tensors) -> dict[str, Spot]:
-    """Spots of an SD3Transformer2DModel's tensors."""
-    spots = _spots(tensors, _sd3_stem)
-    for name, info in tensors.items():
-        # the last block's text stream ends with a shift and a scale alone, which diffusers has the other way round
-        if name.endswith(".norm1_context.linear.weight") and info.shape[0] == 2 * info.shape[-1]:
-            for own in (name, name.removesuffix("weight") + "bias"):
-                if own in spots:
-                    spots[own] = Spot(spots[own].key, swapped=True)
-    if "pos_embed.pos_embed" in tensors:
-        spots["pos_embed.pos_embed"] = Spot("pos_embed")
-    return spots
-
-
-def _sd3_stem(stem: str) -> Spot | None:
-    if stem in _SD3_ROOT:
-        return Spot(_SD3_ROOT[stem])
-    if stem == "norm_out.linear":
-        return _LAST
-    match = _AT.fullmatch(stem)
-    return _in_block(f"joint_blocks.{match[2]}.", match[3], *_SD3_JOINT) if match and not match[1] else None
-
-
-def _in_block(at: str, inner: str, whole: dict[str, str], fused: dict[str, tuple[str, int]]) -> Spot | None:
-    if inner in fused:
-        ours, part = fused[inner]
-        return Spot(at + ours, part, 3)
-    return Spot(at + whole[inner]) if inner in whole else None
-
-
-def _spots(tensors: Tensors, place: Callable[[str], Spot | None]) -> dict[str, Spot]:
-    out = {}
-    for name in tensors:
-        stem, _, end = name.rpartition(".")
-        spot = place(stem)
-        if spot is not None:
-            key = spot.key if spot.key.endswith(".scale") else f"{spot.key}.{end}"  # Flux calls a norm's weight so
-            out[name] = Spot(key, spot.part, spot.parts, spot.swapped)
     return out
