@@ -72,6 +72,25 @@ window.hypermerge = window.hypermerge || (() => {
         bar.remove();
     }
 
+    // questions about what is chosen are numbered, for their answers may come in another order
+    const questions = {};
+
+    function ask(verb, values, count) {
+        questions[verb] ||= {asked: 0, answered: 0};
+        const inputs = Array.from(values).slice(0, count);
+        inputs[0] = String(++questions[verb].asked);
+        return inputs;
+    }
+
+    // naming: the name for the result and the last one that was filled in, if the verb has a result
+    function answered(verb, values, count) {
+        const [answer, shown, ...naming] = Array.from(values).slice(0, count);
+        const {asked, plan, name} = JSON.parse(answer);
+        if (Number(asked) < questions[verb].answered) return [shown, ...naming];
+        questions[verb].answered = Number(asked);
+        return [plan, ...(naming.length ? suggest(...naming, name) : [])];
+    }
+
     // a name that somebody typed stays; one that was filled in makes way for a fresh one
     function suggest(out, suggested, fresh) {
         return fresh && (!out || out === suggested) ? [fresh, fresh] : [out, suggested];
@@ -143,5 +162,5 @@ window.hypermerge = window.hypermerge || (() => {
     }
     if (typeof onUiLoaded === "function") onUiLoaded(markHost); else markHost();
 
-    return {start, ended, resume, resumed, suggest, task: (verb) => tasks[verb] || "", copy, send, load, addRow, clearRow};
+    return {start, ended, resume, resumed, ask, answered, task: (verb) => tasks[verb] || "", copy, send, load, addRow, clearRow};
 })();

@@ -120,6 +120,7 @@ class MergePlan:
         return {
             "verb": "merge",
             "architecture": self.model.title,
+            "blocks": len(block_weights.blocks_of(self.model.architecture.id)),
             "modules": sum(self.applied.values()),
             "components": dict(self.applied),
             "left_out": self.zeroed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import secrets
@@ -74,11 +75,13 @@ class Panel:
             self.result = gr.HTML("", elem_id=self._id("result"))
             # invisible controls are not in the page, so the page's script fills this one through the event's inputs
             self.task = gr.Textbox(visible=False, elem_id=self._id("task"))
-            # names for the result: the last one that was filled in, and the one that would be now
+            # the last name for the result that was filled in; what was asked about the present choice, and the answer
             self.suggested = gr.Textbox(visible=False, elem_id=self._id("suggested"))
-            self.fresh = gr.Textbox(visible=False, elem_id=self._id("fresh"))
-            for hidden in (self.task, self.suggested, self.fresh, self.refresh, self.run, self.interrupt):
-                keep_out_of_config(hidden)
+            self.asked = gr.Textbox(visible=False, elem_id=self._id("asked"))
+            self.answer = gr.Textbox(visible=False, elem_id=self._id("answer"))
+            hidden = (self.task, self.suggested, self.asked, self.answer)
+            for component in (*hidden, self.refresh, self.run, self.interrupt):
+                keep_out_of_config(component)
 
     def _add_rows(self, fields: list[str], params: dict[str, Any], add: Callable[[str], None]) -> None:
         for chunk in _rows(fields, params):
@@ -111,14 +114,21 @@ class Panel:
             self.interrupt.click, self._interrupt, [self.task], js=f"() => [hypermerge.task({verb!r})]", **AT_ONCE
         )  # fmt: skip
         on(self.refresh.click, self._refresh, dropdowns, dropdowns, **AT_ONCE)
-        for component in components:
-            on(component.change, self._forecast, components, [self.forecast], **AT_ONCE)
-        if hasattr(self.verb.spec, "suggest_name"):
-            out = next(c.components[0] for c in self.controls.values() if c.param.kind == OUTPUT)
-            for event in (*(dropdown.change for dropdown in dropdowns), started.then):  # after a run its name is taken
-                named = on(event, self._fresh_name, components, [self.fresh], **AT_ONCE)
-                names = [out, self.suggested]  # the page decides, because somebody may have typed meanwhile
-                on(named.then, None, [*names, self.fresh], names, js="(...names) => hypermerge.suggest(...names)")
+        for event in (*(component.change for component in components), started.then):  # after a run its name is taken
+            self._on_change(event)
+
+    def _on_change(self, event: Callable[..., Any]) -> None:
+        """What would happen now, and a name for it. Answers can overtake each other: the page drops late ones, and
+        decides about the name, because somebody may have typed meanwhile."""
+        verb, inputs = self.verb.id, [self.asked, *self.components]
+        asked = on(
+            event, self._answer, inputs, [self.answer],
+            js=f"(...values) => hypermerge.ask({verb!r}, values, {len(inputs)})", **AT_ONCE,
+        )  # fmt: skip
+        out = next((c.components[0] for c in self.controls.values() if c.param.kind == OUTPUT), None)
+        shown = [self.forecast] if out is None else [self.forecast, out, self.suggested]
+        js = f"(...values) => hypermerge.answered({verb!r}, values, {len(shown) + 1})"
+        on(asked.then, None, [self.answer, *shown], shown, js=js)
 
     def _on_job(self, event: Callable[..., Any], verb: Verb, inputs: list[Any]) -> Any:
         """An event that runs a job with the page watching it, and shows its result here."""
@@ -150,7 +160,10 @@ class Panel:
     def _run(self, verb: Verb, task: str, *raw: Any) -> str:
         job_id = task or f"task({secrets.token_hex(8)})"
         try:
-            job = self.runner.submit(verb, self._values(raw) if verb.spec is self.verb.spec else {}, job_id)
+            values = self._values(raw) if raw else {}
+            if verb is not self.verb:  # tried in memory, or taken back: there will be no file
+                self._name_if_unnamed(values)
+            job = self.runner.submit(verb, values, job_id)
             job.wait()
             return job_html(job)
         except HypermergeError as error:
@@ -181,8 +194,18 @@ class Panel:
     def _values(self, raw: Sequence[Any]) -> dict[str, Any]:
         return values_of(self.verb.spec, self.controls, raw)
 
+    def _answer(self, asked: str, *raw: Any) -> str:
+        return json.dumps({"asked": asked, "plan": self._forecast(*raw), "name": self._fresh_name(*raw)})
+
+    def _name_if_unnamed(self, values: dict[str, Any]) -> None:
+        for field in values:
+            if self.verb.spec.params()[field].kind == OUTPUT:
+                values[field] = values[field] or "unnamed"
+
     def _fresh_name(self, *raw: Any) -> str:
         """The verb's idea of a name, numbered so that no model has it yet; empty if there is none."""
+        if not hasattr(self.verb.spec, "suggest_name"):
+            return ""
         try:
             values = {f: _plain(value, self.verb.spec.params()[f].kind) for f, value in self._values(raw).items()}
             stem = name = getattr(self.verb.spec, "suggest_name")(values)  # noqa: B009 - not every spec has one
@@ -207,9 +230,7 @@ class Panel:
             models = [f for f, p in params.items() if p.kind in MODELS]
             if not all(values[f] for f in models if f in defaults) or not any(values[f] for f in models):
                 return ""
-            for field, param in params.items():
-                if param.kind == OUTPUT:
-                    values[field] = values[field] or "unnamed"
+            self._name_if_unnamed(values)
             return plan_html(forecast(self.verb, self.verb.spec.from_json(values), self.runner.host))
         except HypermergeError as error:
             return error_html(error)
