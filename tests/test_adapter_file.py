@@ -382,6 +382,15 @@ def test_peft_names_without_a_configuration_are_told(checkpoints, tmp_path):
         ]
 
 
+def test_a_start_that_changed_the_base_is_told(tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": "pissa_niter_4"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {f"base_model.model.a.to_q.lora_{x}.weight": torch.ones(2, 2) * (x == "A") for x in "AB"}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with open_adapter(tmp_path) as adapter:
+        assert ["pissa_niter_4" in note for note in adapter.notes] == [True]
+
+
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +438,7 @@ CONFIGS = {
     "an alpha that is none": json.dumps(GOOD | {"lora_alpha": None}),
     "an infinite alpha": '{"r": 2, "lora_alpha": Infinity}',
     "a bad pattern": json.dumps(GOOD | {"rank_pattern": {"(": 3}}),
+    "a pattern that takes for ever": json.dumps(GOOD | {"rank_pattern": {"(a+)+x": 3}}),
     "a bad rank in a pattern": json.dumps(GOOD | {"rank_pattern": {"to_q": -1}}),
     "patterns that are none": json.dumps(GOOD | {"alpha_pattern": [1]}),
     "another kind": json.dumps(GOOD | {"peft_type": "IA3"}),

@@ -19,7 +19,7 @@ from dialect_files import (
     save_lora,
     stored,
 )
-from models import save_checkpoint
+from models import base_weights, save_checkpoint
 from safetensors.torch import save_file
 
 from lib_hypermerge.errors import FormatError, LayoutError
@@ -217,6 +217,66 @@ def test_a_missing_alpha_is_a_scale_of_one(made, tmp_path):
     with opened(path, made["sd15"][0]) as lora:
         assert [lora.load(entry).scale for entry, _ in lora.resolution.targets] == [1.0] * 6
         assert lora.warnings == []
+
+
+def test_a_quantised_module_is_refused(made, tmp_path):
+    def change(tensors, layer):
+        key = f"{layer.module.name}.lora_up.weight"
+        tensors[key] = tensors[key].to(torch.int8)
+
+    assert "stored as I8" in broken(made, tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"), [(torch.ones(2), "no single number"), (torch.tensor(float("nan")), "alpha nan")]
+)
+def test_an_alpha_that_is_no_number_is_refused(made, tmp_path, alpha, message):
+    def change(tensors, layer):
+        tensors[f"{layer.module.name}.alpha"] = alpha
+
+    assert message in broken(made, tmp_path, change)
+
+
+def test_an_alpha_that_is_an_integer_is_read(made, tmp_path):
+    path = save_lora(tmp_path / "a.safetensors", few(made)[:1], kohya)
+    tensors = stored(path)
+    tensors[f"{few(made)[0].module.name}.alpha"] = torch.tensor(2 * RANK)
+    save_file(tensors, path)
+    with opened(path, made["sd15"][0]) as lora:
+        assert [lora.load(entry).scale for entry, _ in lora.resolution.targets] == [2.0]
+
+
+@pytest.mark.parametrize("magnitudes", [False, True])
+def test_a_plain_lora_on_an_inpainting_model_changes_the_first_channels(made, tmp_path, magnitudes):
+    """As AUTOMATIC1111 pads it; with magnitudes per input channel, each channel by itself."""
+    weights = base_weights("sd15_inpainting")
+    checkpoint = save_checkpoint(tmp_path / "inpainting.safetensors", weights)
+    (first,) = (layer for layer in made["sd15"][1] if layer.module.path == "input_blocks.0.0")
+    path = save_lora(tmp_path / "a.safetensors", [first, *few(made)], kohya)
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    weight = weights[key].double()
+    expected = torch.zeros_like(weight)
+    expected[:, :4] = first.delta
+    if magnitudes:
+        m = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        save_file(stored(path) | {f"{first.module.name}.dora_scale": m.reshape(1, 4, 1, 1)}, path)
+        V = weight[:, :4] + first.delta
+        V = V * (m / V.square().sum((0, 2, 3)).sqrt()).reshape(1, 4, 1, 1)
+        expected[:, :4] = V - weight[:, :4]
+    with opened(path, checkpoint) as lora:
+        (entry,) = (e for e, t in lora.resolution.targets if t.module.path == "input_blocks.0.0")
+        adapter = lora.load(entry)
+        assert torch.allclose(adapter.change(weight), expected, atol=1e-9)
+        assert adapter.family == ("dora" if magnitudes else "lora")
+        low = adapter.low_rank()
+        assert (low is None) == magnitudes
+        if low is not None:
+            product = low.scale * low.up.double() @ low.down.double()
+            assert torch.allclose(product.reshape(expected.shape), expected, atol=1e-5)
+        assert lora.warnings == [
+            "a.safetensors: input_blocks.0.0 has 9 input channels here, 4 of which the LoRA knows; "
+            "the others stay as they are."
+        ]
 
 
 # --- what it was made for --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib_hypermerge.adapters.swapped import swap
+from lib_hypermerge.errors import FormatError
 from lib_hypermerge.jobs.adapter_inputs import open_lora
 from lib_hypermerge.layouts.adapter_file import open_adapter
 from lib_hypermerge.layouts.detect import recognise
@@ -153,6 +154,32 @@ def test_xlabs_names(tmp_path):
         assert lora.file.dialect == "xlabs"
         found = {target.module.path for _, target in lora.resolution.targets}
         assert found == {"double_blocks.7.img_attn.qkv", "double_blocks.7.txt_attn.proj"}
+
+
+def test_a_fused_layer_beside_its_parts_is_refused(tmp_path):
+    modules = {
+        "diffusion_model.double_blocks.3.img_attn.qkv": (3 * H, H),
+        "transformer.transformer_blocks.3.attn.to_k": (H, H),
+    }
+    file = save(tmp_path / "a.safetensors", modules, *PEFT)
+    with pytest.raises(FormatError, match=r"the same layer twice.*unet\.double_blocks\.3\.img_attn\.qkv"):
+        open_lora(file, outline("flux_dev"))
+
+
+def test_a_plain_lora_on_a_tool_changes_the_first_channels(tmp_path):
+    table = narrow(shapes("flux_dev")) | {"model.diffusion_model.img_in.weight": (H, 384)}
+    model = recognise(Outline("fill", table))
+    assert model.variant == "Fill"
+    file = save(tmp_path / "a.safetensors", {"transformer.x_embedder": (H, 64)}, *PEFT)
+    tensors = load_file(file)
+    delta = tensors["transformer.x_embedder.lora_B.weight"] @ tensors["transformer.x_embedder.lora_A.weight"]
+    with open_lora(file, model) as lora:
+        ((entry, target),) = lora.resolution.targets
+        assert (target.channels, target.shape) == (64, (H, 64))
+        change = lora.load(entry).change(torch.ones(H, 384))
+        assert torch.equal(change[:, :64], delta) and not change[:, 64:].any()
+        low = lora.load(entry).low_rank()
+        assert torch.equal(low.up @ low.down, change)
 
 
 def test_every_layer_of_a_split_lora_tiles_the_fused_one(tmp_path):

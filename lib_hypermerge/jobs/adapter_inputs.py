@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from ..adapters import families
 from ..adapters.adapter import Adapter
+from ..adapters.first_channels import FirstChannels
 from ..adapters.swapped import Swapped
 from ..errors import FormatError, LayoutError
+from ..files.dtypes import FLOATS
 from ..layouts.adapter_file import AdapterFile, Entry, Resolution, Target, open_adapter
 from ..layouts.module import Model
 from ..layouts.reference import reference_model
 from ..layouts.resolve import identify, resolve
 
 _FEW = 3
+_FIRST_LAYERS = {"input_blocks.0.0": 4, "img_in": 64}  # → channels in the plain models
+_SINGLE = frozenset(("alpha", "scale", "on_input"))
+_INTEGERS = _SINGLE | {"bias_indices", "bias_size"}
 
 
 @dataclass
@@ -47,13 +53,15 @@ class LoraInput:
         return dict(Counter(family.family for family in self.families.values()))
 
     def load(self, entry: Entry) -> Adapter:
-        """Read a module's tensors."""
-        adapter = load(self.file, entry)
-        return Swapped.of(adapter) if entry.key in self._swapped else adapter
+        """Read a module's tensors; its change is that of its target's rows as the checkpoint has them."""
+        adapter, target = load(self.file, entry), self._targets[entry.key]
+        if target.channels is not None:
+            return FirstChannels.of(adapter, target.channels, replace(target, channels=None).shape)
+        return Swapped.of(adapter) if target.swapped else adapter
 
     @cached_property
-    def _swapped(self) -> set[str]:
-        return {entry.key for entry, target in self.resolution.targets if target.swapped}
+    def _targets(self) -> dict[str, Target]:
+        return {entry.key: target for entry, target in self.resolution.targets}
 
 
 def load(file: AdapterFile, entry: Entry) -> Adapter:
@@ -78,25 +86,59 @@ def open_lora(path: Path, model: Model) -> LoraInput:
 
 
 def check_entries(file: AdapterFile, resolution: Resolution) -> dict[str, type[Adapter]]:
-    """The family of every module that has a target, by key. FormatError or LayoutError for what cannot be applied."""
-    found, misfits, claimed = {}, [], {}
-    for entry, target in resolution.targets:
+    """The family of every module that has a target, by key. FormatError or LayoutError for what cannot be applied.
+
+    Of a first layer that the checkpoint has widened, the target becomes its first channels.
+    """
+    found, misfits = {}, []
+    for index, (entry, target) in enumerate(resolution.targets):
+        _check_numbers(file, entry)
         found[entry.key] = family = family_of(file, entry)
-        rows = target.stop - target.start
-        weight = target.module.weight
-        assert weight is not None
-        if not family.fits(entry.shapes, (rows, *weight.shape[1:])):
+        fitting = next((t for t in (target, *_narrower(target)) if family.fits(entry.shapes, t.shape)), None)
+        if fitting is None:
             misfits.append((entry, target))
-        other = claimed.setdefault((target.module.component, target.module.path, target.start), entry.key)
-        if other != entry.key:
-            raise FormatError(
-                f"{file.file.path.name} names the same layer twice.",
-                f"{other} and {entry.key} are both {target.module.component}.{target.module.path}.",
-                "Remove one of them.",
-            )
+        else:
+            resolution.targets[index] = entry, fitting
+    _refuse_twice(file, resolution)
     if misfits:
         raise _misfit(file, misfits)
     return found
+
+
+def _narrower(target: Target) -> list[Target]:
+    """The plain model's part of a first layer that others widen."""
+    plain = _FIRST_LAYERS.get(target.module.path) if target.module.component == "unet" else None
+    return [replace(target, channels=plain)] if plain and plain < target.shape[1] else []
+
+
+def _refuse_twice(file: AdapterFile, resolution: Resolution) -> None:
+    claimed: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+    for entry, target in resolution.targets:
+        module = target.module
+        claims = claimed.setdefault((module.component, module.path), [])
+        for start, stop, other in claims:
+            if start < target.stop and target.start < stop:
+                raise FormatError(
+                    f"{file.file.path.name} names the same layer twice.",
+                    f"{other} and {entry.key} are both {module.component}.{module.path}.",
+                    "Remove one of them.",
+                )
+        claims.append((target.start, target.stop, entry.key))
+
+
+def _check_numbers(file: AdapterFile, entry: Entry) -> None:
+    """FormatError for quantised factors, and for an alpha that is not one number."""
+    for part, info in entry.parts.items():
+        if part in _SINGLE and info.numel != 1:
+            raise FormatError(
+                f"{info.name} in {file.file.path.name} is no single number.", f"It is {list(info.shape)}."
+            )
+        if part not in _INTEGERS and info.dtype not in FLOATS:
+            raise FormatError(
+                f"{info.name} in {file.file.path.name} is stored as {info.dtype}.",
+                "Without the factors of its quantisation these numbers mean nothing.",
+                "Use the file as it was trained: fp16, bf16 or fp32.",
+            )
 
 
 def family_of(file: AdapterFile, entry: Entry) -> type[Adapter]:
@@ -111,10 +153,9 @@ def family_of(file: AdapterFile, entry: Entry) -> type[Adapter]:
 
 def _misfit(file: AdapterFile, misfits: list[tuple[Entry, Target]]) -> LayoutError:
     entry, target = misfits[0]
-    module, weight = target.module, target.module.weight
-    assert weight is not None
+    module = target.module
     parts = ", ".join(f"{part} {list(shape)}" for part, shape in entry.shapes.items())
-    layer = [target.stop - target.start, *weight.shape[1:]]
+    layer = list(target.shape)
     more = f" So do {len(misfits) - 1} more." if len(misfits) > 1 else ""
     architecture, _ = identify(file)
     kind = f"The LoRA may be for {reference_model(architecture).architecture.title}." if architecture else ""
@@ -136,9 +177,16 @@ def _warnings(lora: LoraInput) -> list[str]:
         out.append(f"{name}: {len(keys)} modules are for {component}, which the checkpoint does not bring; left out.")
     if file.unknown:
         out.append(f"{name}: {len(file.unknown)} tensors are part of no module, such as {file.unknown[0]}; left out.")
-    zero = [entry.key for entry, _ in resolution.targets if _alpha(file, entry) == 0]
+    alphas = {entry.key: _alpha(file, entry) for entry, _ in resolution.targets}
+    zero = [key for key, alpha in alphas.items() if alpha == 0]
     if zero:
         out.append(f"{name}: {len(zero)} modules have alpha 0, such as {zero[0]}: they change nothing.")
+    wider = [target for _, target in resolution.targets if target.channels is not None]
+    out += [
+        f"{name}: {t.module.path} has {replace(t, channels=None).shape[1]} input channels here, {t.channels} of which "
+        "the LoRA knows; the others stay as they are."
+        for t in wider
+    ]  # fmt: skip
     return out
 
 
@@ -148,6 +196,9 @@ def _listed(keys: list[str], what: str) -> str:
 
 
 def _alpha(file: AdapterFile, entry: Entry) -> float | None:
-    if "alpha" in entry.parts:
-        return float(file.file.read(entry.parts["alpha"]))
-    return entry.alpha
+    if "alpha" not in entry.parts:
+        return entry.alpha
+    alpha = file.file.read(entry.parts["alpha"]).item()
+    if not math.isfinite(alpha):
+        raise FormatError(f"{entry.key} in {file.file.path.name} has the alpha {alpha}.", "The file is damaged.")
+    return alpha

@@ -74,12 +74,23 @@ class Target:
     checkpoint fuses what the file keeps apart. start, stop: rows within module.weight.
 
     swapped: the file has the two halves of these rows in the other order (diffusers' norm_out of Flux and SD3).
+    channels: the file knows only so many of the layer's input channels, the first ones.
     """
 
     module: Module
     start: int
     stop: int
     swapped: bool = False
+    channels: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The size of the weight that the file's module is meant for."""
+        assert self.module.weight is not None
+        _, *rest = self.module.weight.shape
+        if self.channels is not None:
+            rest[0] = self.channels
+        return (self.stop - self.start, *rest)
 
 
 @dataclass
@@ -189,6 +200,10 @@ def _read(file: TensorFile, configs: dict[str, peft.PeftConfig]) -> AdapterFile:
     adapter.order = cloneofsimo.classes(file)
     if adapter.dialect == parts.PEFT and not configs:
         adapter.notes.append(f"{peft.CONFIG_NAME} is not beside it: alpha is taken to be equal to the rank.")
+    for start in sorted({config.start for config in configs.values()} - {""}):
+        adapter.notes.append(
+            f"it was trained from PEFT's {start} start on a base that this changed; on others it is off."
+        )
     return adapter
 
 

@@ -24,6 +24,9 @@ DIFFUSERS_METADATA = "lora_adapter_metadata"
 
 KINDS = ("LORA", "LOHA", "LOKR")
 
+_STARTS = ("pissa", "olora", "corda")
+_NESTED = re.compile(r"\)[*+{]")  # a repeated group could match for ever
+
 _PLAIN_PATH = re.compile(r"\w[\w.]*")
 
 
@@ -38,6 +41,7 @@ class PeftConfig:
     use_rslora: bool = False
     use_dora: bool = False
     kind: str = "LORA"
+    start: str = ""  # pissa, olora …: factors that begin as a part of the weights, which the base then lacks
 
     def rank_of(self, path: str) -> int:
         """What the configuration says of the rank of a module, by its path in the model."""
@@ -98,12 +102,19 @@ def from_values(values: dict[str, Any], source: str) -> PeftConfig:
     for pattern in (*ranks, *alphas):
         try:
             re.compile(pattern)
-        except re.error:
-            raise _broken(source, f"{pattern!r} is no regular expression.") from None
+        except (re.error, RecursionError, OverflowError):
+            raise _broken(source, f"{pattern[:80]!r} is no regular expression.") from None
+        if _NESTED.search(pattern):
+            raise _broken(source, f"{pattern[:80]!r} is no name of modules.")
     return PeftConfig(
         r, float(alpha), ranks, {k: float(v) for k, v in alphas.items()},
-        values.get("use_rslora") is True, values.get("use_dora") is True, kind,
+        values.get("use_rslora") is True, values.get("use_dora") is True, kind, _start(values.get("init_lora_weights")),
     )  # fmt: skip
+
+
+def _start(init: Any) -> str:
+    known = isinstance(init, str) and init.lower().startswith(_STARTS)
+    return init.lower() if known else ""
 
 
 def _broken(source: str, why: str) -> FormatError:
