@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory import module_tree, parameters
 from models import ATTENTION, CONVOLUTION, base_weights, cast, extract, rank_change, save_pair, tuned_weights
 from safetensors.torch import load_file
 
@@ -19,22 +20,6 @@ from lib_hypermerge.jobs import trial as trial_job
 from lib_hypermerge.jobs.host import Context
 from lib_hypermerge.jobs.runner import execute
 from lib_hypermerge.jobs.verbs import VERBS
-
-
-def module_tree(weights: dict[str, torch.Tensor], wrapped: tuple[str, ...] = ()) -> torch.nn.Module:
-    """Nested modules whose parameters have these names; paths of `wrapped` get a `.wrapped` after them."""
-    root = torch.nn.Module()
-    for key, tensor in weights.items():
-        for path in wrapped:
-            key = key.replace(f"{path}.", f"{path}.wrapped.", 1) if key.startswith(f"{path}.") else key
-        *path, name = key.split(".")
-        module = root
-        for part in path:
-            if not hasattr(module, part):
-                module.add_module(part, torch.nn.Module())
-            module = getattr(module, part)
-        module.register_parameter(name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
-    return root
 
 
 class Networks:
@@ -119,10 +104,6 @@ def loaded(webui, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     model.sd_checkpoint_info = webui.infos["base.safetensors"]
     webui.sd_models.model_data.sd_model = model
     return model
-
-
-def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {key.replace(".wrapped", ""): value.clone() for key, value in model.named_parameters()}
 
 
 def spec(**more) -> Any:
@@ -280,6 +261,80 @@ def test_eight_bit_storage_keeps_its_copies_of_sixteen(webui) -> None:
     take_back(host)
     assert torch.equal(layer.fp16_weight, kept[0])
     assert torch.equal(layer.weight.view(torch.uint8), kept[1])
+
+
+# --- Forge ----------------------------------------------------------------------------------------------------
+
+
+class LoraLoader:
+    """Forge's: whole parameters are swapped for patched ones; the originals are kept until a refresh."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.backup = model, {}
+
+    def patch(self, key: str) -> None:
+        module, name = self._place(key)
+        self.backup[key] = getattr(module, name)
+        setattr(module, name, torch.nn.Parameter(getattr(module, name) + 1, requires_grad=False))
+
+    def refresh(self, patches: dict, force_refresh: bool = False) -> None:
+        assert force_refresh and not patches
+        for key, original in self.backup.items():
+            setattr(*self._place(key), original)
+        self.backup = {}
+
+    def _place(self, key: str) -> tuple[torch.nn.Module, str]:
+        path, _, name = key.rpartition(".")
+        return self.model.get_submodule(path), name
+
+
+def forge(webui) -> types.SimpleNamespace:
+    """UNet by the checkpoint's names without `model.`, text encoder by those of transformers beneath clip_l."""
+    unet = {k.removeprefix("model."): w for k, w in webui.weights.items() if k.startswith("model.diffusion_model.")}
+    text = {
+        "clip_l." + k.removeprefix("cond_stage_model."): w for k, w in webui.weights.items() if k.startswith("cond_st")
+    }
+    with torch.inference_mode():  # as Forge loads
+        models = module_tree(unet), module_tree(text)
+    for model in models:
+        model.lora_loader = LoraLoader(model)
+    parts = types.SimpleNamespace(
+        unet=types.SimpleNamespace(model=models[0]), clip=types.SimpleNamespace(cond_stage_model=models[1])
+    )
+    engine = type("Engine", (), {})()
+    engine.forge_objects = engine.forge_objects_original = parts
+    engine.sd_checkpoint_info = webui.infos["base.safetensors"]
+    webui.sd_models.model_data.sd_model = engine
+    return engine
+
+
+def forge_weights(engine) -> dict[str, torch.Tensor]:
+    parts = engine.forge_objects
+    unet = {f"model.{k}": v for k, v in parts.unet.model.named_parameters()}
+    text = {k.replace("clip_l.", "cond_stage_model."): v for k, v in parts.clip.cond_stage_model.named_parameters()}
+    return {k: v.clone() for k, v in (unet | text).items()}
+
+
+def test_forge_s_model_is_changed_and_restored_beneath_its_own_patches(webui) -> None:
+    host, engine = WebUIHost(), forge(webui)
+    before = forge_weights(engine)
+    loader, key = engine.forge_objects.unet.model.lora_loader, ATTENTION.removeprefix("model.")
+    loader.patch(key)
+    attempt(host)
+    expected = merged(webui)
+    assert all(torch.equal(value, expected[k]) for k, value in forge_weights(engine).items())
+    loader.patch(key)  # the next prompt has a LoRA again
+    take_back(host)
+    assert all(torch.equal(value, before[k]) for k, value in forge_weights(engine).items())
+
+
+def test_forge_s_model_with_other_shapes_is_refused(webui) -> None:
+    host, engine = WebUIHost(), forge(webui)
+    text = engine.forge_objects.clip.cond_stage_model
+    del text.clip_l
+    with pytest.raises(LayoutError, match="cond_stage_model.* is not in the model"):
+        attempt(host)
+    assert host.trial is None
 
 
 def test_only_a_webui_has_such_a_thing() -> None:
