@@ -63,6 +63,9 @@ def test_a1111_finds_the_layers_that_its_rule_finds_told_anew(table):
 LINEAR = {"lora_up.weight": (4, 2), "lora_down.weight": (2, 4), "alpha": ()}
 FIRST = "lora_unet_down_blocks_0_attentions_0_proj_in"
 SECOND = "lora_unet_down_blocks_0_attentions_1_proj_in"
+LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+OLD_GLORA = {"a1.weight": (2, 4), "a2.weight": (4, 2), "b1.weight": (2, 4), "b2.weight": (4, 2), "alpha": ()}
+NEW_GLORA = {"a1.weight": (4, 2), "a2.weight": (2, 4), "b1.weight": (4, 2), "b2.weight": (2, 4), "alpha": ()}
 
 
 def file_of(modules: dict[str, dict]) -> dict[str, tuple[int, ...]]:
@@ -103,6 +106,12 @@ def test_one_module_that_a1111_does_not_understand_keeps_it_from_loading_the_fil
         ("sd15_inpainting", {"lora_unet_conv_in": {"diff": (10, 9, 3, 3)}}, 0,
          {"lora_unet_conv_in.diff": "it pads every LoRA of an in-painting model's first layer by five channels"}),
         ("sd15_inpainting", {"lora_unet_conv_in": {"diff": (10, 4, 3, 3)}}, 1, {}),
+        ("sd15", {FIRST: {"weight": (4, 1), "on_input": ()}}, 0,
+         {f"{FIRST}.{p}": "IA3 of a convolution" for p in ("weight", "on_input")}),
+        ("sd15", {LAYER: {"weight": (4, 1), "on_input": ()}}, 1, {}),
+        ("sd15", {FIRST: OLD_GLORA}, 0, {f"{FIRST}.{p}": "GLoRA of a convolution" for p in OLD_GLORA}),
+        ("sd15", {LAYER: OLD_GLORA}, 1, {}),
+        ("sd15", {LAYER: NEW_GLORA}, 0, {f"{LAYER}.{p}": "GLoRA as LyCORIS 3 and later write it" for p in NEW_GLORA}),
         ("sdxl", {"1_model_transformer_resblocks_0_ln_1": {"w_norm": (4,), "b_norm": (4,)}}, 0,
          {f"1_model_transformer_resblocks_0_ln_1.{p}_norm": "norms of open_clip are never changed" for p in "wb"}),
     ],
