@@ -323,6 +323,19 @@ def rewrite(folder: Path, change) -> None:
     save_file(state, folder / "model.safetensors")
 
 
+def test_text_encoders_whose_names_begin_one_level_down(sharded, copy):
+    """CLIP without the `text_model.` before every name."""
+
+    def shorten(state: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in state if key.startswith("text_model.")]:
+            state[key.removeprefix("text_model.")] = state.pop(key)
+
+    for name in ("text_encoder", "text_encoder_2"):
+        rewrite(copy / name, shorten)
+    found, expected = single_view(copy), single_view(sharded)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 QUERY = "text_model.encoder.layers.1.self_attn.q_proj.weight"
 
 

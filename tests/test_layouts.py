@@ -66,9 +66,9 @@ FACTS = {  # architecture, variant, components, layers that a LoRA changes
     "sd21": ("sd2", "", {"unet": 282, "te": 144}),
     "sdxl": ("sdxl", "", {"unet": 794, "te1": 72, "te2": 192}),
     "flux_dev": ("flux", "", {"unet": 19 * 10 + 38 * 3 + 10}),
-    "sd3_medium": ("sd3", "3 medium", {"unet": 24 * 10 - 3 + 8}),
-    "sd35_large": ("sd3", "3.5 large", {"unet": 38 * 10 - 3 + 8}),
-    "sd35_medium": ("sd3", "3.5 medium", {"unet": 24 * 10 - 3 + 8 + 13 * 2}),
+    "sd3_medium": ("sd3", "medium", {"unet": 24 * 10 - 3 + 8}),
+    "sd35_large": ("sd3", "3.5-large", {"unet": 38 * 10 - 3 + 8}),
+    "sd35_medium": ("sd3", "3.5-medium", {"unet": 24 * 10 - 3 + 8 + 13 * 2}),
 }
 
 

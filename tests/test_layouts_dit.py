@@ -185,7 +185,16 @@ def test_sd3_all_in_one():
     assert len(set(names)) == len(names)
     assert {f"lora_te{i}_text_model_final_layer_norm" for i in (1, 2)} <= set(names)
     without_t5 = model_of(clip(CLIP_L, 768, 12) | clip(CLIP_G, 1280, 32))
-    assert without_t5.architecture is model.architecture and set(without_t5.components) == {"te1", "te2"}
+    assert (
+        without_t5.title == "Stable Diffusion 3"
+        and without_t5.architecture is model.architecture
+        and set(without_t5.components) == {"te1", "te2"}
+    )
+
+
+def test_a_t5_in_a_file_of_its_own():
+    model = model_of({key.removeprefix(T5): shape for key, shape in t5().items()})
+    assert model.title == "Flux.1" and reached(model) == {"te3": 168} and not model.ignored
 
 
 def test_sd3_variants_are_no_pairs():

@@ -27,9 +27,10 @@ CLIP_G = _clip("te2", "text encoder 2 (CLIP-G)", "clip_g")
 T5 = ComponentTable(
     id="te3",
     title="text encoder 3 (T5)",
-    prefixes=("text_encoders.t5xxl.transformer.",),
+    prefixes=("text_encoders.t5xxl.transformer.", ""),  # the second: a file of its own
     probe="encoder.block.0.layer.0.SelfAttention.q.weight",
     rename=kohya.t5,
     describe=places.text_encoder,
     norms_reachable=False,
+    roots=("encoder", "shared"),
 )

@@ -70,8 +70,8 @@ class Architecture:
     """A family of checkpoints; a new one is a new table.
 
     components: the denoiser first, then text encoders.  matches: whether a denoiser that has the probe of the
-    first component is of this family.  variant: which member, "" for the usual.  bases: metadata of variants
-    that have their own.  alike: variants whose layers have the same shapes, so that one can be the base of another.
+    first component is of this family.  variant: which member, "" for the usual.  bases, titles: of variants that
+    have their own.  alike: variants whose layers have the same shapes, so that one can be the base of another.
     """
 
     id: str
@@ -81,6 +81,7 @@ class Architecture:
     matches: Callable[[Lookup], bool]
     variant: Callable[[Lookup], str] = lambda find: ""
     bases: Mapping[str, BaseModel] = field(default_factory=dict)
+    titles: Mapping[str, str] = field(default_factory=dict)
     alike: frozenset[str] = frozenset()
     vae_prefixes: tuple[str, ...] = ("first_stage_model.",)
 
@@ -90,7 +91,7 @@ class Model:
     """An open checkpoint seen as modules."""
 
     architecture: Architecture
-    variant: str  # "", "inpainting", "schnell", "3.5 large" …
+    variant: str  # "", "inpainting", "schnell", "3.5-large" …
     file: TensorFile
     components: dict[str, dict[str, Module]] = field(default_factory=dict)
     vae: dict[str, TensorInfo] = field(default_factory=dict)
@@ -98,7 +99,8 @@ class Model:
 
     @property
     def title(self) -> str:
-        return self.architecture.title + (f" {self.variant}" if self.variant else "")
+        usual = f"{self.architecture.title} {self.variant}".rstrip()
+        return self.architecture.titles.get(self.variant, usual)
 
     @property
     def base(self) -> BaseModel:

@@ -32,18 +32,19 @@ def describe(path: str) -> tuple[str, str]:
 
 def _variant(find: Lookup) -> str:
     if find("joint_blocks.0.x_block.attn.ln_q.weight") is None:
-        return "3 medium"
-    return "3.5 medium" if find("joint_blocks.0.x_block.attn2.qkv.weight") else "3.5 large"
+        return "medium"
+    return "3.5-medium" if find("joint_blocks.0.x_block.attn2.qkv.weight") else "3.5-large"
 
 
 SD3 = Architecture(
     id="sd3",
-    title="Stable Diffusion",
+    title="Stable Diffusion 3",
     base=BaseModel("medium", "stable-diffusion-3-medium", 1024),
     bases={
-        "3.5 medium": BaseModel("5-medium", "stable-diffusion-3-5-medium", 1024),
-        "3.5 large": BaseModel("5-large", "stable-diffusion-3-5-large", 1024),
+        "3.5-medium": BaseModel("5-medium", "stable-diffusion-3-5-medium", 1024),
+        "3.5-large": BaseModel("5-large", "stable-diffusion-3-5-large", 1024),
     },
+    titles={"3.5-medium": "Stable Diffusion 3.5 medium", "3.5-large": "Stable Diffusion 3.5 large"},
     components=(
         ComponentTable(
             "unet", "transformer", TRANSFORMER_PREFIXES, "joint_blocks.0.x_block.attn.qkv.weight", kohya.unet_path,
