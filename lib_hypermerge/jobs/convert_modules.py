@@ -119,6 +119,8 @@ class ModuleWork:
         if not self.plan.has_weights or not source.family.needs_weight:
             return torch.zeros(source.shape, dtype=dtype)
         weight = self.plan.model.file.read(info.rows(source.start, source.stop)).to(dtype)
+        if weight.dim() > 1:  # of a widened first layer what the file knows
+            weight = weight[:, : source.shape[1]].contiguous()
         return swap(weight) if source.swapped else weight
 
     # --- a plain LoRA ---------------------------------------------------------------------------------------------
