@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 
 import pytest
@@ -259,6 +260,16 @@ def test_names_from_files_are_escaped_on_the_page(tmp_path):
     page = report_html(execute_in(None, tmp_path / "a.safetensors"))
     assert "<script>" not in page and "<i>" not in page and "<b>:" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_half_a_character_in_a_header_can_be_answered(tmp_path):
+    path = save_lora(tmp_path / "a.safetensors", metadata={"ss_output_name": "ABCDEF", "KEY": "GHIJKL"})
+    content = path.read_bytes().replace(b"ABCDEF", b"\\ud800").replace(b"GHIJKL", b"\\udfff")
+    path.write_bytes(content)
+    report = execute_in(None, path)
+    for answer in (json.dumps(report.to_json(), ensure_ascii=False), as_text(report), report_html(report)):
+        answer.encode("utf-8")
+    assert report.details["files"][0]["alias"] == "?"
 
 
 def test_the_forecast_says_what_will_be_read(tmp_path):

@@ -13,7 +13,7 @@ from ..layouts.module import Model
 from . import inspect_duplicates
 from .host import Context, Host
 from .inspect_checkpoint import checkpoint_facts
-from .inspect_common import metadata_facts
+from .inspect_common import metadata_facts, sendable
 from .inspect_plan import InspectPlan, Item, make_plan
 from .inspect_spec import InspectSpec
 from .report import Report
@@ -52,8 +52,8 @@ class _Inspection:
                 item.content.file.check_unchanged()
         self.context.progress(1.0, "done")
         return Report(
-            "inspect", modules=sum(file.get("modules") or 0 for file in files), warnings=self.warnings,
-            seconds=time.perf_counter() - self.plan.begun, details=details,
+            "inspect", modules=sum(file.get("modules") or 0 for file in files), warnings=sendable(self.warnings),
+            seconds=time.perf_counter() - self.plan.begun, details=sendable(details),
             exit_code=REQUEST_IS_WRONG if failed else 0,
         )  # fmt: skip
 

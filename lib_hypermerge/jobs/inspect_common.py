@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 MOST_NAMES = 50
 MOST_TEXT = 2000
@@ -22,3 +23,12 @@ def metadata_facts(metadata: dict[str, str]) -> dict[str, object]:
     cut = sorted(key for key, value in kept.items() if len(value) > MOST_TEXT)
     texts = {key: value if len(value) <= MOST_TEXT else value[:MOST_TEXT] + "…" for key, value in kept.items()}
     return {"metadata": texts, "metadata_cut": cut, "metadata_left_out": len(metadata) - len(kept)}
+
+
+def sendable(value: Any) -> Any:
+    """The same with every text fit for UTF-8: a header may hold halves of characters, which no answer could carry."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {sendable(key): sendable(item) for key, item in value.items()}
+    return [sendable(item) for item in value] if isinstance(value, list) else value

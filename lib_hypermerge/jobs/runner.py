@@ -142,7 +142,8 @@ class Runner:
                 if not job._begin():
                     return
                 job.report = execute(job.verb, job.spec, self.host, _tie(context, job))
-            self._refresh(job.report)
+            if job.report.outputs:
+                self._refresh(job.report)
             job._finish(DONE)
         except Cancelled as error:
             job._finish(CANCELLED, error)
