@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import a1111
 import pytest
 import torch
 from dialect_files import (
@@ -25,8 +26,9 @@ from safetensors.torch import save_file
 from lib_hypermerge.errors import FormatError, LayoutError
 from lib_hypermerge.jobs.adapter_inputs import open_lora
 from lib_hypermerge.layouts.adapter_file import open_adapter
+from lib_hypermerge.layouts.detect import recognise
 from lib_hypermerge.layouts.opening import open_checkpoint
-from lib_hypermerge.layouts.reference import IDS, reference_model
+from lib_hypermerge.layouts.reference import IDS, Outline, reference_model
 from lib_hypermerge.layouts.resolve import addresses, identify
 
 FAMILIES = tuple(ARCHITECTURES)
@@ -321,3 +323,21 @@ def test_no_two_layers_share_an_address(architecture):
         for module in modules.values():
             if module.name and module.weight:
                 assert names[module.name.removeprefix("lora_")].module == module
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_that_a1111_knows_mean_the_same_here(family):
+    """Every address that its rule answers to, answered alike."""
+    weights = [key for key in checkpoint_weights(family) if not key.startswith("first_stage_model.")]
+    shapes = {key: tuple(checkpoint_weights(family)[key].shape) for key in weights}
+    model = recognise(Outline(family, shapes))
+    known = 0
+    host = a1111.host_layers(weights)
+    for name, target in addresses(model).items():
+        found = a1111.resolve(f"lora_{name}", host)
+        if found is not None:
+            path, part = found
+            stem = re.sub(r"\.?(in_proj_)?weight$", "", target.module.weight.name)
+            assert (stem, target.module.part or "") == (path, part), name
+            known += 1
+    assert known > 600
