@@ -61,7 +61,14 @@ def _checkpoint(file: dict[str, Any]) -> list[tuple[str, str]]:
         )
         rows.append((part["title"], text if part["present"] else "not in this file"))
     others = {kind: part["tensors"] for kind, part in file["others"].items()}
-    return [*rows, ("besides", counts(others))] if others else rows
+    if others:
+        rows.append(("besides", counts(others)))
+    return rows + [(host["title"], _loads(host)) for host in file["hosts"].values()]
+
+
+def _loads(host: dict[str, Any]) -> str:
+    says = {"loads": "loads it", "refused": "cannot load it: ", "not listed": "does not list it: "}[host["verdict"]]
+    return "; ".join([says + host["why"], *host["notes"]])
 
 
 def _adapter(file: dict[str, Any]) -> list[tuple[str, str]]:

@@ -66,6 +66,33 @@ def test_what_else_lies_in_a_checkpoint_is_named(tmp_path):
     assert file["others"]["other tensors"]["names"] == ["odd"]
 
 
+@pytest.mark.parametrize(
+    ("family", "change", "suffix", "a1111", "forge"),
+    [
+        ("sd15", {}, ".safetensors", ("loads", ""), ("loads", "")),
+        ("sd15", {}, ".pt", ("not listed", ".ckpt"), ("not listed", ".ckpt")),
+        ("sdxl", {"v_pred": torch.zeros(()), "ztsnr": torch.zeros(())}, ".safetensors",
+         ("loads", "no notice of v_pred and ztsnr"), ("loads", "")),
+        ("sd21", {"first_stage_model.encoder.conv_in.weight": None, "first_stage_model.encoder.conv_in.bias": None},
+         ".ckpt", ("loads", "choose a file for: VAE"), ("loads", "choose a file for: VAE")),
+        ("flux_dev", {}, ".safetensors", ("refused", "does not know Flux"), ("loads", "text encoder")),
+    ],
+)  # fmt: skip
+def test_whether_hosts_load_a_checkpoint(tmp_path, family, change, suffix, a1111, forge):
+    weights = {key: w for key, w in (base_weights(family) | change).items() if w is not None}
+    hosts = only(save_checkpoint(tmp_path / f"model{suffix}", weights))["hosts"]
+    for host, (verdict, says) in (("a1111", a1111), ("forge", forge)):
+        assert hosts[host]["verdict"] == verdict
+        assert says in " ".join([hosts[host]["why"], *hosts[host]["notes"]])
+
+
+def test_a_network_under_a_bare_name_is_none_for_a1111(tmp_path):
+    weights = {key.removeprefix("model."): w for key, w in base_weights("sd15").items()}
+    hosts = only(save_checkpoint(tmp_path / "model.safetensors", weights))["hosts"]
+    assert "model.diffusion_model." in hosts["a1111"]["why"]
+    assert hosts["forge"]["verdict"] == "loads"
+
+
 # --- files that are wrong -----------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from . import inspect_duplicates
 from .host import Context, Host
 from .inspect_checkpoint import checkpoint_facts
 from .inspect_common import metadata_facts, sendable
+from .inspect_hosts import checkpoint_hosts
 from .inspect_plan import InspectPlan, Item, make_plan
 from .inspect_spec import InspectSpec
 from .report import Report
@@ -68,6 +69,7 @@ class _Inspection:
         facts |= {"bytes": item.bytes, "format": _format(item), **metadata_facts(item.content.file.metadata)}
         if isinstance(item.content, Model):
             facts |= checkpoint_facts(item.content)
+            facts["hosts"] = checkpoint_hosts(item.content, item.path or item.content.file.path, facts["markers"])
         else:
             facts |= self._adapter_facts(index, item.content)
         if self.spec.hashes:

@@ -1,4 +1,9 @@
-"""What the WebUIs will make of an adapter file: which tensors take effect, under what group and name it is listed."""
+"""What the WebUIs will make of an adapter file: which tensors take effect, under what group and name it is listed;
+and whether they can load a checkpoint.
+
+Source: AUTOMATIC1111 modules/sd_models.py, sd_models_config.py and extensions-builtin/Lora; Forge backend/loader.py
+and extensions-builtin/sd_forge_lora.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..layouts.module import Model
 from . import inspect_a1111, inspect_forge
 from .inspect_a1111 import Reach, Shapes
 from .inspect_common import shown
 
 _LISTED = (".safetensors", ".pt", ".ckpt")
+_LISTED_CHECKPOINTS = (".safetensors", ".ckpt")
+_UNET = "model.diffusion_model."
 _FORGE_FLUX = ("flux-1-dev/lora", "https://github.com/black-forest-labs/flux")
 
 
@@ -82,3 +90,31 @@ def forge_group(metadata: Mapping[str, str]) -> str:
 def alias(path: Path, metadata: Mapping[str, str]) -> str:
     """The name in a prompt: what the file calls itself, else its own name."""
     return metadata.get("ss_output_name") or (path.stem if path.is_file() else path.name)
+
+
+def checkpoint_hosts(model: Model, path: Path, markers: Collection[str]) -> dict[str, Any]:
+    """Whether they list and load a checkpoint, and what to see to; JSON-ready, by host."""
+    is_listed = path.is_file() and path.suffix.lower() in _LISTED_CHECKPOINTS
+    unlisted = "" if is_listed else f"It lists {' and '.join(_LISTED_CHECKPOINTS)} files."
+    refusal = ""
+    if model.architecture.id not in inspect_a1111.KNOWN:
+        refusal = f"It does not know {model.architecture.title}."
+    elif not any(name.startswith(_UNET) for name in model.file.tensors):
+        refusal = f"It looks for the network under {_UNET} alone."
+    missing = [table.title for table in model.architecture.components if table.id not in model.components]
+    todo = [f"choose a file for: {', '.join([*missing, *([] if model.vae else ['VAE'])])}"]
+    todo = todo if missing or not model.vae else []
+    deaf = [f"it takes no notice of {' and '.join(markers)}: set that yourself"] if markers else []
+    hosts = {
+        "a1111": (inspect_a1111.TITLE, refusal, [*todo, *deaf]),
+        "forge": (inspect_forge.TITLE, "", todo),
+    }
+    return {
+        host: {
+            "title": title,
+            "verdict": "not listed" if unlisted else "refused" if why else "loads",
+            "why": unlisted or why,
+            "notes": [] if unlisted or why else notes,
+        }
+        for host, (title, why, notes) in hosts.items()
+    }
