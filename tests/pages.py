@@ -91,6 +91,19 @@ def choose(page: Page, name: str, option: str, verb: str = "extract") -> None:
     expect(field(page, name, verb).locator("input").first).to_have_value(option)
 
 
+def refresh_and_choose(page: Page, name: str, option: str, verb: str = "extract") -> None:
+    """The same for one that is only in the list once that is drawn anew."""
+    field(page, "refresh", verb).click()
+    deadline = time.monotonic() + SOON / 1000
+    while time.monotonic() < deadline:
+        field(page, name, verb).locator("input").first.click()
+        if any(option in text for text in page.locator("ul.options li").all_inner_texts()):
+            break
+        field(page, name, verb).locator("input").first.blur()
+        page.wait_for_timeout(300)
+    choose(page, name, option, verb)
+
+
 def open_page(page: Page, site: Site, verb: str = "extract") -> None:
     page.goto(site.url)
     expect(field(page, "panel", next(iter(VERBS)))).to_be_visible(timeout=SOON)

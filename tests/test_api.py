@@ -225,7 +225,8 @@ def test_folders_that_are_one_model_are_listed_as_one(tmp_path: Path) -> None:
         "checkpoints": ["diffusers/model_index.json", "diffusers/unet/diffusion_pytorch_model.safetensors",
                         "big/model.safetensors.index.json", "big/model-00001-of-00002.safetensors",
                         "big/model-00002-of-00002.safetensors", "big/other.safetensors"],
-        "loras": ["peft/adapter_config.json", "peft/adapter_model.safetensors", "sub/a.pt", "b.safetensors", "c.txt"],
+        "loras": ["parts/unet/adapter_config.json", "parts/unet/adapter_model.safetensors", "peft/adapter_config.json",
+                  "peft/adapter_model.safetensors", "sub/a.pt", "b.safetensors", "c.txt"],
     }  # fmt: skip
     for root, files in models.items():
         for file in files:
@@ -233,7 +234,7 @@ def test_folders_that_are_one_model_are_listed_as_one(tmp_path: Path) -> None:
             (tmp_path / root / file).touch()
     host = FolderHost(tmp_path / "checkpoints", tmp_path / "loras")
     assert host.checkpoints() == ["big/model.safetensors.index.json", "big/other.safetensors", "diffusers"]
-    assert host.loras() == ["b.safetensors", "peft", "sub/a.pt"]
+    assert host.loras() == ["b.safetensors", "parts", "peft", "sub/a.pt"]
     assert host.resolve_checkpoint("diffusers") == tmp_path / "checkpoints" / "diffusers"
     assert host.resolve_lora("peft") == tmp_path / "loras" / "peft"
     for wrong in ("../loras/b.safetensors", "c.txt", "", str(tmp_path / "loras" / "b.safetensors")):

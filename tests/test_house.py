@@ -115,6 +115,14 @@ def test_flags_and_spec_agree() -> None:
         assert actions.keys() == verb.spec.params().keys() | own | blocks
 
 
+def test_every_verb_has_its_views() -> None:
+    from lib_hypermerge.render import TEXTS
+    from lib_hypermerge.ui.results import VIEWS
+
+    assert VERBS.keys() <= VIEWS.keys()
+    assert VERBS.keys() <= TEXTS.keys()
+
+
 def test_a_mistyped_flag_is_answered_without_torch() -> None:
     code = (
         "import sys; from lib_hypermerge.cli import main; code = main(['extract', '--rank', 'x']);"

@@ -8,7 +8,20 @@ from collections.abc import Iterator
 
 import pytest
 from models import base_weights, rank_change, save_pair, tuned_weights
-from pages import SOON, Site, choose, choose_models, field, open_page, panel_of, result, served, text_box, type_into
+from pages import (
+    SOON,
+    Site,
+    choose,
+    choose_models,
+    field,
+    open_page,
+    panel_of,
+    refresh_and_choose,
+    result,
+    served,
+    text_box,
+    type_into,
+)
 from playwright.sync_api import Page, expect
 from safetensors import safe_open
 
@@ -268,14 +281,6 @@ def test_refresh_finds_a_new_checkpoint(page: Page, site: Site) -> None:
     new = site.checkpoints / "arrived.safetensors"
     new.write_bytes((site.checkpoints / "tuned.safetensors").read_bytes())
     try:
-        field(page, "refresh").click()
-        deadline = time.monotonic() + SOON / 1000
-        while time.monotonic() < deadline:
-            field(page, "tuned").locator("input").first.click()
-            if any(new.name in text for text in page.locator("ul.options li").all_inner_texts()):
-                break
-            field(page, "tuned").locator("input").first.blur()
-            page.wait_for_timeout(300)
-        choose(page, "tuned", new.name)
+        refresh_and_choose(page, "tuned", new.name)
     finally:
         new.unlink()

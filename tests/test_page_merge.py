@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from models import base_weights, extract, rank_change, save_pair, tuned_weights
-from pages import SOON, Site, choose, field, open_page, result, served, text_box, type_into
+from pages import SOON, Site, choose, field, open_page, refresh_and_choose, result, served, text_box, type_into
 from playwright.sync_api import Page, expect
 from safetensors import safe_open
 
@@ -94,8 +94,7 @@ def test_merge_two_loras_from_click_to_file(page: Page, site: Site) -> None:
     assert [lora["weight"] for lora in recipe["parameters"]["loras"]] == [1.0, -0.5]
     assert recipe["parameters"]["loras"][1]["te_weight"] == 0
     assert recipe["parameters"]["loras"][1]["blocks"] == "IN=1, default=0"
-    field(page, "refresh", MERGE).click()
-    choose(page, "checkpoint", "base-one-two.safetensors", MERGE)
+    refresh_and_choose(page, "checkpoint", "base-one-two.safetensors", MERGE)
 
 
 def test_rows_come_and_go(page: Page, site: Site) -> None:

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..files.opening import CHECKPOINT_SUFFIXES
 
-_ONE_LORA, _ONE_CHECKPOINT = "adapter_config.json", "model_index.json"  # PEFT's and diffusers' mark of a folder
 _SHARDS = ".safetensors.index.json"  # beside the pieces of a file that was saved in several
+_DENOISERS = ("unet", "transformer")
+_COMPONENTS = (*_DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def checkpoint_names(folder: Path) -> dict[str, Path]:
     """Name → path of every checkpoint file and diffusers folder, sorted; names are relative, with slashes."""
-    return _models(folder, _ONE_CHECKPOINT)
+    return _models(folder, _is_checkpoint)
 
 
 def lora_names(folder: Path) -> dict[str, Path]:
     """The same of LoRA files and PEFT folders."""
-    return _models(folder, _ONE_LORA)
+    return _models(folder, _is_lora)
 
 
-def _models(folder: Path, mark: str) -> dict[str, Path]:
-    return dict(sorted((path.relative_to(folder).as_posix(), path) for path in _walk(folder, mark)))
+def _is_checkpoint(folder: Path) -> bool:
+    """As diffusers writes them: an index, or a denoiser in its place."""
+    return (folder / "model_index.json").is_file() or any((folder / d / "config.json").is_file() for d in _DENOISERS)
 
 
-def _walk(folder: Path, mark: str, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def _is_lora(folder: Path) -> bool:
+    """As PEFT writes them, one for all or one for each component."""
+    return any((folder / component / "adapter_config.json").is_file() for component in ("", *_COMPONENTS))
+
+
+def _models(folder: Path, is_one: Callable[[Path], bool]) -> dict[str, Path]:
+    return dict(sorted((path.relative_to(folder).as_posix(), path) for path in _walk(folder, is_one)))
+
+
+def _walk(folder: Path, is_one: Callable[[Path], bool], above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """Linked folders too, but no link back to where it comes from; not into a folder that is one model."""
     try:
         real, entries = folder.resolve(), list(folder.iterdir())
@@ -33,13 +44,13 @@ def _walk(folder: Path, mark: str, above: frozenset[Path] = frozenset()) -> Iter
         return
     if real in above:
         return
-    if above and any(entry.name == mark for entry in entries):
+    if above and is_one(folder):
         yield folder
         return
     pieces = tuple(entry.name[: -len(_SHARDS)] + "-" for entry in entries if entry.name.endswith(_SHARDS))
     for entry in entries:
         if entry.is_dir():
-            yield from _walk(entry, mark, above | {real})
+            yield from _walk(entry, is_one, above | {real})
         elif entry.is_file() and _is_model(entry, pieces):
             yield entry
 
