@@ -20,7 +20,7 @@ from lib_hypermerge.layouts.reference import Outline
 from lib_hypermerge.layouts.tables import narrow, shapes
 
 Tensors = dict[str, torch.Tensor]
-ARCHITECTURE = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl", "flux_dev": "flux"}
+ARCHITECTURE = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl", "flux_dev": "flux", "sd35_medium": "sd3"}
 SOME = r"middle_block|(in|out)put_blocks\.[1458]\.|_emb|out\.2|input_blocks\.0|(layers|resblocks|block)\.(3|22)\."
 TEXTS = {
     "ss_output_name": "before", "ss_base_model_version": "said by its trainer", "ss_tag_frequency": '{"a": {"b": 1}}',

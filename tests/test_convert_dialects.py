@@ -7,7 +7,7 @@ import torch
 from convert_files import convert, deltas, layers, load, lora, same_bits, save, some, texts
 from safetensors.torch import load_file
 
-FAMILIES = ("sd15", "sd21", "sdxl", "flux_dev")
+FAMILIES = ("sd15", "sd21", "sdxl", "flux_dev", "sd35_medium")
 SD2_LAST = "lora_te_text_model_encoder_layers_23_"
 
 
@@ -181,3 +181,13 @@ def test_number_formats(tmp_path, to, dtype):
         if to == "kohya":
             before = load(source)
             assert all(torch.equal(t, before[k].to(t.dtype)) for k, t in stored.items())
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_number_formats_that_differ_within_a_file_come_back(tmp_path, to):
+    formats = (torch.float16, torch.bfloat16, torch.float32)
+    before = lora("sd15", only=some, dtype=torch.float32)
+    before = {k: t if "alpha" in k else t.to(formats[i % 3]) for i, (k, t) in enumerate(before.items())}
+    convert(save(tmp_path / "a.safetensors", before), tmp_path / "b", "--to", to)
+    convert(tmp_path / ("b" if to == "peft" else "b.safetensors"), tmp_path / "c")
+    assert same_bits(load(tmp_path / "c.safetensors"), before)

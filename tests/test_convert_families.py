@@ -11,7 +11,7 @@ from models import base_weights, save_checkpoint
 
 from lib_hypermerge.files.opening import open_tensors
 from lib_hypermerge.layouts.detect import recognise
-from lib_hypermerge.layouts.module import CONV, LINEAR
+from lib_hypermerge.layouts.module import CONV, LINEAR, NORM
 
 LOW_RANK = ("lora", "locon_cp", "loha", "loha_cp", "lokr")
 NEED_WEIGHT = ("ia3", "dora_input", "dora_output", "glora", "oft")
@@ -136,13 +136,19 @@ def test_spectral_shifts_become_a_lora(tmp_path, checkpoint):
         goal[module.name] = (U * ((S + delta).clamp_min(0) - S)) @ Vh
         path = {"unet": "unet", "te": "text_encoder"}[module.component]
         tensors[f"{path}.{dict_name(module)}.delta"] = delta
+    norm = next(m for m in layers("sd15", 16) if m.kind == NORM and m.component == "unet")
+    tensors[f"unet.{dict_name(norm)}.delta"] = torch.tensor([0.25])
     source = save(tmp_path / "spectral_shifts.safetensors", tensors)
     answer = convert(source, tmp_path / "b", "--family", "lora", "--rank", 20, "--dtype", "fp32", "--checkpoint",
                      checkpoint)  # fmt: skip
-    made = deltas(load(tmp_path / "b.safetensors"))
+    stored = load(tmp_path / "b.safetensors")
+    made = deltas(stored)
     assert made.keys() == goal.keys()
     assert miss(made, goal) == pytest.approx(answer["relative_error"], rel=1e-2, abs=1e-5)
     assert answer["relative_error"] < 0.7
+    W = weight_of(checkpoint, norm)  # of one row: its only singular value is its length
+    assert torch.allclose(stored[f"{norm.name}.w_norm"].double(), 0.25 * W / W.norm(), atol=1e-6)
+    assert not stored[f"{norm.name}.b_norm"].any()
     assert "no words for" in refusal(source, tmp_path / "c")["what"]
 
 

@@ -6,13 +6,19 @@ import torch
 
 
 def fold(X: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """scale · X in dtype, rounded once."""
-    return (X.double() * scale).to(dtype)
+    """scale · X in dtype."""
+    return (X.to(_wide(X.dtype, scale)) * scale).to(dtype)
 
 
 def unfold(Y: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """Y / scale in dtype, rounded once; scale is not 0."""
-    return (Y.double() / scale).to(dtype)
+    """Y / scale in dtype; scale is not 0."""
+    return (Y.to(_wide(dtype, scale)) / scale).to(dtype)
+
+
+def _wide(dtype: torch.dtype, scale: float) -> torch.dtype:
+    """Where 16-bit numbers are scaled: float32 holds them twice over, if it holds the scale itself."""
+    held = torch.tensor(scale, dtype=torch.float32).item() == scale
+    return torch.float32 if dtype.itemsize == 2 and held else torch.float64
 
 
 def is_invertible(X: torch.Tensor, scale: float, dtype: torch.dtype) -> bool:

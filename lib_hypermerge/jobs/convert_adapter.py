@@ -6,6 +6,8 @@ import contextlib
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
 
 from ..files.dtypes import ITEMSIZE
 from .convert_modules import ModuleWork
@@ -26,8 +28,11 @@ def run(plan: AdapterPlan, host: Host, context: Context) -> Report:
     methods: Counter[str] = Counter()
     joined: Counter[str] = Counter()
     context.progress(0.0, "converting")
-    results = map_in_order(work.make, plan.units, workers, threads, context.check)
-    with open_sink(plan, tally) as sink, contextlib.closing(results):  # type: ignore[type-var]
+
+    def in_parallel(function: Callable[..., Any], items: Iterable[Any]) -> Generator[Any, None, None]:
+        yield from map_in_order(function, items, workers, threads, context.check)
+
+    with open_sink(plan, tally, in_parallel) as sink, contextlib.closing(in_parallel(work.make, plan.units)) as results:
         for done, made in enumerate(results, 1):
             unit = made.unit
             for out, tensors in made.outputs:

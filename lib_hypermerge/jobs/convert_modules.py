@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..adapters import families
+from ..adapters import families, norm
 from ..adapters.adapter import BIAS, Adapter
 from ..adapters.dora import MAGNITUDES, SCALE, Dora
 from ..adapters.lora import DOWN, UP, UP_BIAS
@@ -138,13 +138,21 @@ class ModuleWork:
             out.methods.append("from its factors")
         else:
             wide = torch.float64 if dtype.itemsize > 2 else torch.float32
-            matrix = _matrix(adapter.change(self._weight(unit, source, wide)), source)
+            change = adapter.change(self._weight(unit, source, wide))
+            if change.dim() < 2:
+                return self._norm(unit, change.to(dtype), out)
+            matrix = _matrix(change, source)
             rank = self._rank(matrix, None)
             factors = factorise(matrix, decompose(matrix, rank), rank, dtype)
             out.methods.append("decomposed")
         out.error2 += factors.error2
         out.energy += factors.energy
         return self._factors(source, factors) | {k: v for k, v in tensors.items() if k == BIAS}
+
+    def _norm(self, unit: Unit, change: torch.Tensor, out: Made) -> Tensors:
+        """The change of a normalisation's scale, with the unchanged shift that A1111 asks for."""
+        out.methods.append("as norms")
+        return {norm.WEIGHT: change} | ({} if unit.module.bias is None else {norm.SHIFT: torch.zeros_like(change)})
 
     def _rank(self, matrix: Matrix, own: int | None) -> int:
         """As asked for; else a module's own, which is what its size allows where it has none."""

@@ -162,8 +162,11 @@ def _open_without(path: Path) -> tuple[LoraInput, Model]:
                 f"Of its modules, such as {shown}, {share:.0%} have a layer in the nearest one.",
                 "Convert LoRAs for Stable Diffusion 1, 2, XL, 3 and Flux.",
             )
-        resolution = resolve(file, model)
-        return LoraInput(file, resolution, {e.key: family_of(file, e) for e, _ in resolution.targets}), model
+        lora = LoraInput(file, resolve(file, model))
+        for entry, _ in lora.resolution.targets:
+            lora.families[entry.key] = family_of(file, entry)
+        convert_rules.refuse_misfits(lora, model)
+        return lora, model
     except BaseException:
         file.close()
         raise
@@ -212,7 +215,7 @@ def _shape(plan: AdapterPlan, entry: Entry, family: type[Adapter], target) -> tu
     """The weight that a source changes: the checkpoint's, or as the tensors themselves tell where there is none."""
     weight = target.module.weight
     assert weight is not None
-    wanted = (target.stop - target.start, *weight.shape[1:])
+    wanted = target.shape
     if plan.has_weights or family.fits(entry.shapes, wanted):
         return wanted
     return convert_rules.told_shape(entry.shapes, len(weight.shape)) or wanted

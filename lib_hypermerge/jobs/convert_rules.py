@@ -14,8 +14,9 @@ from ..adapters.dora import Dora
 from ..adapters.full import DIFF
 from ..adapters.lora import DOWN, MID, UP
 from ..algebra import dora
-from ..errors import LayoutError, SpecError
-from ..layouts.module import LORA_KINDS, Module
+from ..errors import FormatError, LayoutError, SpecError
+from ..layouts.module import LORA_KINDS, Model, Module
+from .adapter_inputs import LoraInput
 from .convert_spec import DIFFUSERS, KEEP, KOHYA, PEFT, ConvertSpec
 from .convert_units import AXIS, CARRY, PLAIN, Out, Source, Unit
 
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
 
 _TITLES = {KOHYA: "kohya's dialect", DIFFUSERS: "diffusers' dialect", PEFT: "PEFT"}
 _AXES = {"output": dora.OUTPUT, "input": dora.INPUT}
-_RESTS = ("norms", "biases")
+# what was left out, in words
+_SAID = {
+    "norms": "{count} norms", "biases": "biases of {count} modules", "embeddings": "{count} changes of embeddings",
+    "without a layer": "{count} modules that have no layer in {model}",
+    "no part of any module": "{count} tensors that are part of no module",
+}  # fmt: skip
 
 
 def units_of(plan: AdapterPlan, module: Module, sources: list[Source], outs: list[Out]) -> list[Unit]:
@@ -44,7 +50,7 @@ def units_of(plan: AdapterPlan, module: Module, sources: list[Source], outs: lis
     if not sources:
         return []
     how = CARRY
-    if spec.family != KEEP and not any(_rest(source, module) for source in sources):
+    if spec.family != KEEP and not any(_is_carried(source, module) for source in sources):
         how = PLAIN
     elif spec.dora_axis != KEEP and any(_turns(source, spec) for source in sources):
         how = AXIS
@@ -56,10 +62,17 @@ def _leave_out(plan: AdapterPlan, what: str, sources: list[Source]) -> None:
 
 
 def _rest(source: Source, module: Module) -> str:
-    """norms or biases, where a module is nothing else; "" for changes of a layer's weight."""
-    if source.family.family == "norm" or (module.kind not in LORA_KINDS and len(source.shape) < 2):
+    """norms, embeddings or biases, where a module changes nothing else; "" for a layer's matrix."""
+    if source.family.family == "norm" or len(source.shape) < 2:
         return "norms"
+    if module.kind not in LORA_KINDS:
+        return "embeddings"
     return "biases" if source.family.family == "full" and DIFF not in source.entry.parts else ""
+
+
+def _is_carried(source: Source, module: Module) -> bool:
+    """Whether kohya's files hold it as it is beside plain LoRAs; they have no words for shifts of a norm."""
+    return bool(_rest(source, module)) and source.family.family != "svdiff"
 
 
 def axis_of(source: Source) -> int | None:
@@ -127,6 +140,34 @@ def refuse_swallowing(output: Path, source: Path) -> None:
         inside = False
     if inside:
         raise SpecError(f"The LoRA lies within {output.name}, which would be replaced.", hint="Choose another name.")
+
+
+def refuse_misfits(lora: LoraInput, model: Model) -> None:
+    """FormatError for two modules of one layer; LayoutError where some, but few, are not of their layer's size.
+
+    Many that are not mean a model of another width, whose sizes are not known: then the names alone count.
+    """
+    claimed: dict[tuple[str, str, int], str] = {}
+    misfits = []
+    for entry, target in lora.resolution.targets:
+        other = claimed.setdefault((target.module.component, target.module.path, target.start), entry.key)
+        if other != entry.key:
+            raise FormatError(
+                f"{lora.path.name} names the same layer twice.",
+                f"{other} and {entry.key} are both {target.module.component}.{target.module.path}.",
+                "It mixes LoRAs, perhaps of two architectures: convert them one by one.",
+            )
+        weight = target.module.weight
+        assert weight is not None
+        if not lora.families[entry.key].fits(entry.shapes, (target.stop - target.start, *weight.shape[1:])):
+            misfits.append(entry)
+    if misfits and 2 * len(misfits) < len(lora.resolution.targets):
+        sizes = ", ".join(f"{part} {list(shape)}" for part, shape in misfits[0].shapes.items())
+        raise LayoutError(
+            f"{len(misfits)} modules of {lora.path.name} are not of the size of their layers in {model.title}.",
+            f"{misfits[0].key} has {sizes}.",
+            "The file is damaged, or for another model: name the checkpoint that it was trained on.",
+        )
 
 
 def check(plan: AdapterPlan) -> None:
@@ -248,14 +289,8 @@ def _warn(plan: AdapterPlan) -> None:
     name = plan.lora.path.name
     plan.warnings += [f"{name}: {note}" for note in plan.lora.file.notes]
     for what, keys in plan.left_out.items():
-        shown = f"{what} of {len(keys)} modules" if what in _RESTS else f"{len(keys)} with {what}"
-        if what == "no part of any module":
-            shown = f"{len(keys)} tensors that are {what}"
-        elif what == "without a layer":
-            shown = f"{len(keys)} modules {what} in {plan.model.title}"
-        elif what not in _RESTS:
-            shown = f"{len(keys)} modules that have {what}"
-        plan.warnings.append(f"Left out: {shown}, such as {keys[0]}.")
+        said = _SAID.get(what, f"{{count}} modules that have {what}").format(count=len(keys), model=plan.model.title)
+        plan.warnings.append(f"Left out: {said}, such as {keys[0]}.")
     if plan.verbatim:
         plan.warnings.append(
             f"{len(plan.verbatim)} modules have no layer in {plan.model.title}, such as {plan.verbatim[0].key}; they "

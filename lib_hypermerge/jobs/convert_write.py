@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -29,6 +30,8 @@ from .convert_units import Out
 _ENTRY = 130  # bytes of a tensor's entry in a header besides its name, at most
 _NOTE = 130  # bytes of the note of a module besides its name, at most
 _SLACK = 2048
+# (function, items) → results in order, computed in parallel
+Run = Callable[[Callable[..., Any], Iterable[Any]], Iterator[Any]]
 _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -59,10 +62,10 @@ class Sink(Protocol):
 
 
 @contextlib.contextmanager
-def open_sink(plan: AdapterPlan, tally: Tally) -> Iterator[Sink]:
+def open_sink(plan: AdapterPlan, tally: Tally, run: Run) -> Iterator[Sink]:
     """The writer of the dialect that was asked for; leaving it without commit() leaves nothing behind."""
     if plan.spec.to == DIFFUSERS:
-        yield _DiffusersFile(plan, tally)
+        yield _DiffusersFile(plan, tally, run)
         return
     with contextlib.ExitStack() as stack:
         yield _PeftFolder(plan, tally, stack) if plan.spec.to == PEFT else _KohyaFile(plan, tally, stack)
@@ -102,10 +105,14 @@ def _embedding_name(name: str) -> str:
 
 
 class _DiffusersFile:
-    """Kept until all is known: one rank and one number format for all modules of a component."""
+    """Kept until all is known: one rank for all modules of a component, one number format for all.
 
-    def __init__(self, plan: AdapterPlan, tally: Tally):
-        self.plan, self.tally = plan, tally
+    Of a format, because PEFT multiplies factors of one format only; so one module whose scaled up needs more digits
+    makes all float32. Of a rank, because diffusers 0.31 scales all modules by the alpha of the first one's rank.
+    """
+
+    def __init__(self, plan: AdapterPlan, tally: Tally, run: Run):
+        self.plan, self.tally, self.run = plan, tally, run
         self.modules: list[tuple[Out, Module | None, Tensors]] = []
         self.attentive: set[str] = set()  # components with layers of attention
 
@@ -116,46 +123,37 @@ class _DiffusersFile:
 
     def commit(self) -> list[Written]:
         keep = self.plan.spec.dtype == KEEP
-        folds = [folding.is_invertible(t[UP], scale_of(t), t[UP].dtype) for _, _, t in self.modules]
-        narrow = [t[UP].dtype.itemsize < 4 for _, _, t in self.modules]
-        # one module that needs more digits makes all float32: PEFT multiplies factors of one format only
-        self.tally.widened = keep and any(n and not f for n, f in zip(narrow, folds, strict=True))
+        stored = {tensors[part].dtype for _, _, tensors in self.modules for part in (UP, DOWN)}
+        common = functools.reduce(torch.promote_types, stored)
+
+        def fits(item: tuple[Out, Module | None, Tensors]) -> tuple[bool, bool]:
+            up, scale = item[2][UP], scale_of(item[2])
+            as_it_is = folding.is_invertible(up, scale, common)
+            return as_it_is, as_it_is or folding.is_invertible(up, scale, torch.float32)
+
+        narrow, wide = (list(each) for each in zip(*self.run(fits, self.modules), strict=True))
+        self.tally.widened = keep and common.itemsize < 4 and narrow != wide
+        dtype, exact = (torch.float32, wide) if self.tally.widened else (common, narrow)
+        self.tally.inexact = exact.count(False)
+        notes = Notes()
         ranks: dict[str, int] = defaultdict(int)
-        for out, _, tensors in self.modules:
-            ranks[_component(out)] = max(ranks[_component(out)], len(tensors[DOWN]))
-        notes, ready = Notes(), []
-        for (out, module, tensors), folds_as_it_is in zip(self.modules, folds, strict=True):
+        for (out, module, tensors), is_exact in zip(self.modules, exact, strict=True):
             self.tally.count(out.name, module, tensors)
-            widened = self.tally.widened and tensors[UP].dtype.itemsize < 4
-            self.tally.inexact += not folds_as_it_is and not widened
-            if folds_as_it_is or keep:
+            ranks[_component(out)] = max(ranks[_component(out)], len(tensors[DOWN]))
+            if is_exact or keep:
                 notes.kinds[out.name] = kind_of(tensors)
-            ready.append((out, self._ready(tensors, module, ranks[_component(out)])))
             _note_name(notes, self.plan, out, module)
-        notes.kinds = {} if len(notes.kinds) < len(ready) else notes.kinds
+        notes.kinds = {} if len(notes.kinds) < len(self.modules) else notes.kinds
+        self.tally.padded = sum(len(tensors[DOWN]) < ranks[_component(out)] for out, _, tensors in self.modules)
+        ready = self.run(lambda item: (item[0], _scaled(item, ranks[_component(item[0])], dtype)), self.modules)
         named = [(key, t) for out, tensors in ready for key, t in self._named(out, tensors)]
         texts = _metadata(self.plan, self.tally, notes)
         entries = {k: {"dtype": "BF16", "shape": list(t.shape), "data_offsets": [10**11] * 2} for k, t in named}
-        with SafetensorsWriter(
-            self.plan.output, len(header_bytes(entries, texts)) + _SLACK, self.plan.spec.overwrite
-        ) as writer:
+        reserve = len(header_bytes(entries, texts)) + _SLACK
+        with SafetensorsWriter(self.plan.output, reserve, self.plan.spec.overwrite) as writer:
             for key, tensor in named:
                 writer.add(key, tensor)
             return [writer.commit(lambda data, legacy: texts)]
-
-    def _ready(self, tensors: Tensors, module: Module | None, rank: int) -> Tensors:
-        up, down = tensors[UP], tensors[DOWN]
-        dtype = torch.float32 if self.tally.widened else up.dtype
-        up, down = _shaped(folding.fold(up, scale_of(tensors), dtype), down.to(dtype), module)
-        if len(down) < rank:  # diffusers 0.31 scales modules of other ranks than the first by the first's alpha
-            self.tally.padded += 1
-            more = rank - len(down)
-            up = torch.cat((up, up.new_zeros(len(up), more, *up.shape[2:])), 1)
-            down = torch.cat((down, down.new_zeros(more, *down.shape[1:])))
-        out = {"A": down, "B": up}
-        if MAGNITUDES in tensors:
-            out["m"] = _magnitudes(tensors[MAGNITUDES].to(dtype), up)
-        return out
 
     def _named(self, out: Out, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
         # diffusers 0.31 takes text encoders' layers by PEFT's names only where attention is among them
@@ -165,6 +163,18 @@ class _DiffusersFile:
         yield f"{out.name}.{ends[1]}.weight", tensors["B"]
         if "m" in tensors:
             yield f"{out.name}.lora_magnitude_vector", tensors["m"]
+
+
+def _scaled(item: tuple[Out, Module | None, Tensors], rank: int, dtype: torch.dtype) -> Tensors:
+    """A module's factors with a scale of 1, filled up with zeros to a rank."""
+    _, module, tensors = item
+    up, down = _shaped(folding.fold(tensors[UP], scale_of(tensors), dtype), tensors[DOWN].to(dtype), module)
+    more = rank - len(down)
+    if more:
+        up = torch.cat((up, up.new_zeros(len(up), more, *up.shape[2:])), 1)
+        down = torch.cat((down, down.new_zeros(more, *down.shape[1:])))
+    magnitudes = {"m": _magnitudes(tensors[MAGNITUDES].to(dtype), up)} if MAGNITUDES in tensors else {}
+    return {"A": down, "B": up} | magnitudes
 
 
 class _PeftFolder:
