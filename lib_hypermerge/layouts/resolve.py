@@ -7,6 +7,7 @@ component, alone. Text encoders' layers may be spelled by Hugging Face's names w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 from ..errors import LayoutError
@@ -126,12 +127,17 @@ def identify(adapter: AdapterFile) -> tuple[str | None, float]:
     return None if model is None else model.architecture.id, share
 
 
+@functools.cache
+def _references(architecture: str) -> tuple[tuple[Model, dict[str, Target]], ...]:
+    return tuple((model, addresses(model)) for model in reference_models(architecture))
+
+
 def nearest(adapter: AdapterFile) -> tuple[Model | None, float]:
     """identify(), with the member of the architecture that fits best: a model without numbers."""
     best, best_score, said = None, (0, 0, False, 0), _said(adapter.metadata)
     for architecture in IDS:
-        for model in reference_models(architecture):
-            names = addresses(model) | _numbered(adapter, model)
+        for model, own in _references(architecture):
+            names = own | _numbered(adapter, model) if adapter.order else own
             found = [(entry, names[entry.name]) for entry in adapter.entries.values() if entry.name in names]
             fitting, axes = (sum(test(*pair) for pair in found) for test in (_has_size_of, _same_axes))
             score = (len(found), fitting, architecture == said, axes)
