@@ -40,8 +40,9 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("Modules by component", counts(d["components"])),
         ("Modules by family", counts(d["families"])),
         ("Tensors changed", str(d["changed_tensors"])),
-        ("Tensors carried over as they were", str(d["carried_tensors"])),
     ]
+    if report.outputs:
+        rows.append(("Tensors carried over as they were", str(d["carried_tensors"])))
     rows += [(f"LoRA {lora['name']}", _lora(lora)) for lora in d["loras"]]
     skipped = {why: count for why, count in d["skipped_because"].items() if count}
     if skipped:
