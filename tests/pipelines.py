@@ -9,17 +9,17 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-WIDTHS = (32, 64, 64, 64)
+WIDTHS = (32, 64, 96, 96)  # they change where those of real models do
 ATTEND, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 
 
-def unet(kind: str) -> UNet2DConditionModel:
-    """As in SD1, SD2 or SDXL: their blocks, layers and kinds of projection."""
+def unet(kind: str, deepest: int = 3) -> UNet2DConditionModel:
+    """As in SD1, SD2 or SDXL: their blocks, layers and kinds of projection; SDXL itself is 10 deep."""
     downs = [PLAIN, ATTEND, ATTEND] if kind == "sdxl" else [ATTEND] * 3 + [PLAIN]
     more: dict = {"use_linear_projection": kind != "sd1"}
     if kind == "sdxl":
         more |= {
-            "transformer_layers_per_block": [1, 2, 3], "addition_embed_type": "text_time",
+            "transformer_layers_per_block": [1, 2, deepest], "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64,
         }  # fmt: skip
     return UNet2DConditionModel(
@@ -50,10 +50,10 @@ def t5() -> T5EncoderModel:
     )
 
 
-def flux(guidance: bool = True) -> FluxTransformer2DModel:
+def flux(double: int = 2, single: int = 3) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6),
+        in_channels=16, num_layers=double, num_single_layers=single, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lib_hypermerge.errors import FormatError, HypermergeError, InputChangedErro
 from lib_hypermerge.files.opening import open_tensors
 from lib_hypermerge.layouts.module import LORA_KINDS
 from lib_hypermerge.layouts.opening import open_checkpoint
+from lib_hypermerge.layouts.tables import shapes
 
 KINDS = ("sd1", "sd2", "sdxl", "sd3", "flux")
 
@@ -131,6 +133,33 @@ def test_it_is_recognised_whole(kind, folder):
         assert file.path == folder and len(file.parts) == len(list(folder.rglob("*.safetensors")))
         names = [m.name for c in model.components.values() for m in c.values() if m.name and m.kind in LORA_KINDS]
         assert len(set(names)) == len(names)
+
+
+AS_DEEP_AS = {  # real checkpoints
+    "sd15": lambda: {
+        "unet": pipelines.unet("sd1"), "text_encoder": pipelines.clip(24, layers=12), "vae": pipelines.vae(),
+    },
+    "sd21": lambda: {
+        "unet": pipelines.unet("sd2"), "text_encoder": pipelines.clip(24, layers=23), "vae": pipelines.vae(),
+    },
+    "sdxl": lambda: {
+        "unet": pipelines.unet("sdxl", 10), "text_encoder": pipelines.clip(16, layers=12),
+        "text_encoder_2": pipelines.clip(32, 40, layers=32), "vae": pipelines.vae(),
+    },
+    "flux_dev": lambda: {"transformer": pipelines.flux(19, 38)},
+}  # fmt: skip
+NOT_IN_FOLDERS = re.compile(  # what transformers has no use for, and the last block of SD2's text encoder
+    r".*(position_ids|logit_scale)|cond_stage_model\.model\.(transformer\.resblocks\.23\..*|text_projection)"
+)
+
+
+@pytest.mark.parametrize("table", AS_DEEP_AS)
+def test_the_names_are_those_of_real_checkpoints(tmp_path, table):
+    model = open_checkpoint(pipelines.save(tmp_path / "m", AS_DEEP_AS[table]()))
+    with model.file as file:
+        real = shapes(table)
+        assert set(file.tensors) == {key for key in real if not NOT_IN_FOLDERS.fullmatch(key)}
+        assert all(len(file.tensors[key].shape) == len(real[key]) for key in file.tensors)
 
 
 @pytest.mark.parametrize(
