@@ -2,11 +2,14 @@
 
 import json
 
+import pipelines
 import pytest
 import torch
 from models import base_weights, cast, last_json, listing, run_cli, save_checkpoint, torch_saves
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from lib_hypermerge.layouts.opening import open_checkpoint
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -212,3 +215,21 @@ def test_a_pickle_in_eight_bits_is_read(tmp_path):
         source = save_checkpoint(tmp_path / "m.ckpt", cast(base_weights("sd15"), torch.float8_e5m2))
         convert(source, tmp_path / "o", "--dtype", "fp16")
         assert load_file(tmp_path / "o.safetensors")[UNET + "out.2.weight"].dtype == torch.float16
+
+
+def test_a_vae_alone_is_carried_over_from_its_pickle(tmp_path):
+    vae = {"encoder.conv_in.weight": torch.randn(4, 3, 3, 3).half(), "decoder.up.0.block.0.norm1.weight": torch.ones(4)}
+    source = save_checkpoint(tmp_path / "vae.pt", vae)
+    assert convert(source, tmp_path / "o")["architecture"] == "no known model"
+    assert all(torch.equal(t, vae[k]) for k, t in load_file(tmp_path / "o.safetensors").items())
+    assert refusal(source, tmp_path / "p", "--dtype", "fp16")["code"] == "wrong_model"
+
+
+def test_a_folder_of_diffusers_becomes_one_file(tmp_path):
+    folder = pipelines.save(tmp_path / "pipe", pipelines.parts("sd1"))
+    convert(folder, tmp_path / "o", "--dtype", "fp16")
+    with open_checkpoint(folder).file as parts, open_checkpoint(tmp_path / "o.safetensors").file as file:
+        assert parts.tensors.keys() == file.tensors.keys()
+        for name, info in parts.tensors.items():
+            tensor, made = parts.read(info), file.read(file.tensors[name])
+            assert torch.equal(tensor.half() if tensor.is_floating_point() else tensor, made), name

@@ -15,8 +15,10 @@ import torch
 from ..errors import LayoutError, NumericalError, SpecError
 from ..files.checkpoint_writer import CheckpointWriter, TensorPlan, header_of
 from ..files.dtypes import FLOATS, ITEMSIZE, OUTPUT_DTYPES, torch_dtype
-from ..files.source import TensorInfo
+from ..files.opening import open_tensors
+from ..files.source import TensorFile, TensorInfo
 from ..files.writer import check_target
+from ..layouts.adapter_file import open_adapter
 from ..layouts.module import Model
 from ..layouts.opening import open_checkpoint
 from .convert_output import RECIPE, STALE, recipe, refuse_inputs
@@ -44,7 +46,8 @@ class CheckpointPlan:
 
     spec: ConvertSpec
     output: Path
-    model: Model
+    file: TensorFile
+    title: str
     tensors: dict[str, TensorPlan] = field(default_factory=dict)
     pruned: Counter[str] = field(default_factory=Counter)
     metadata: dict[str, str] = field(default_factory=dict)
@@ -58,12 +61,12 @@ class CheckpointPlan:
         self.close()
 
     def close(self) -> None:
-        self.model.file.close()
+        self.file.close()
 
     @property
     def order(self) -> list[TensorInfo]:
         """What is carried over, as it lies in the file."""
-        kept = [info for name, info in self.model.file.tensors.items() if name in self.tensors]
+        kept = [info for name, info in self.file.tensors.items() if name in self.tensors]
         return sorted(kept, key=lambda info: (info.offset, info.name))
 
     @property
@@ -84,7 +87,7 @@ class CheckpointPlan:
         return {
             "verb": "convert",
             "output": str(self.output),
-            "architecture": self.model.title,
+            "architecture": self.title,
             "modules": len(self.tensors),
             "converted": len(self.converted),
             "left_out": sum(self.pruned.values()),
@@ -102,13 +105,13 @@ def make_plan(spec: ConvertSpec, host: Host) -> CheckpointPlan:
     assert spec.checkpoint is not None
     output = host.checkpoint_output(spec.out)
     path = host.resolve_checkpoint(spec.checkpoint)
-    plan = CheckpointPlan(spec, output, open_checkpoint(path))
+    file, title, component_of = _open(path, spec)
+    plan = CheckpointPlan(spec, output, file, title)
     try:
         refuse_inputs(output, [path], host)
         formats = _formats(spec)
-        pruned = _pruned(plan.model) if spec.prune else {}
-        component_of = components(plan.model)
-        for info in sorted(plan.model.file.tensors.values(), key=lambda info: (info.offset, info.name)):
+        pruned = _pruned(file) if spec.prune else {}
+        for info in sorted(file.tensors.values(), key=lambda info: (info.offset, info.name)):
             if info.name in pruned:
                 plan.pruned[pruned[info.name]] += 1
             else:
@@ -122,6 +125,28 @@ def make_plan(spec: ConvertSpec, host: Host) -> CheckpointPlan:
         plan.close()
         raise
     return plan
+
+
+def _open(path: Path, spec: ConvertSpec) -> tuple[TensorFile, str, dict[str, str]]:
+    """The file, what it is, and the component of its tensors.
+
+    What is no known model, such as a VAE alone, is carried over bit for bit if that is all that is asked for.
+    """
+    try:
+        model = open_checkpoint(path)
+        return model.file, model.title, components(model)
+    except LayoutError:
+        if {spec.dtype, spec.te_dtype, spec.vae_dtype} - {KEEP, SAME} or spec.prune or path.is_dir() or _is_lora(path):
+            raise
+    return open_tensors(path), "no known model", {}
+
+
+def _is_lora(path: Path) -> bool:
+    try:
+        open_adapter(path).close()
+    except LayoutError:
+        return False
+    return True
 
 
 def components(model: Model) -> dict[str, str]:
@@ -160,14 +185,14 @@ def _format(info: TensorInfo, wanted: str) -> str:
     return _DTYPES[wanted]
 
 
-def _pruned(model: Model) -> dict[str, str]:
+def _pruned(file: TensorFile) -> dict[str, str]:
     """Name → what it is, of every tensor that is of no use without training."""
-    names = model.file.tensors
+    names = file.tensors
     out = {name: what for name in names for start, what in _TRAINING.items() if name.startswith(start)}
     copies = [name for name in names if name.startswith(_EMA)]
     if copies and not any(name.startswith(_OWN) for name in names):
         raise LayoutError(
-            f"{model.file.path.name} holds the UNet only as EMA copies.",
+            f"{file.path.name} holds the UNet only as EMA copies.",
             "Without them nothing would be left of it.",
             "Convert it without pruning.",
         )
@@ -176,7 +201,7 @@ def _pruned(model: Model) -> dict[str, str]:
 
 def _metadata(plan: CheckpointPlan) -> dict[str, str]:
     """All that the source said; what is no longer true left out; no date, so that equal inputs give equal files."""
-    file = plan.model.file
+    file = plan.file
     as_it_was = not plan.converted and not plan.pruned and bool(file.metadata)
     metadata = {key: text for key, text in file.metadata.items() if as_it_was or key not in STALE}
     metadata.setdefault("format", "pt")
@@ -187,7 +212,7 @@ def _metadata(plan: CheckpointPlan) -> dict[str, str]:
 def run(plan: CheckpointPlan, host: Host, context: Context) -> Report:
     """Carry out a plan. Raises Cancelled, NumericalError, OutputError, InputChangedError."""
     context.progress(0.0, "converting")
-    file, strange = plan.model.file, 0
+    file, strange = plan.file, 0
     done, whole = 0, sum(tensor.nbytes for tensor in plan.tensors.values()) or 1
     with (
         contextlib.closing(_converted(plan, host, context)) as converted,
@@ -210,7 +235,7 @@ def run(plan: CheckpointPlan, host: Host, context: Context) -> Report:
         warnings.append(f"{strange} tensors hold NaN or Inf, as they did before.")
     details = {
         "kind": "checkpoint",
-        "architecture": plan.model.title,
+        "architecture": plan.title,
         "converted": len(plan.converted),
         "carried": len(plan.tensors) - len(plan.converted),
         "pruned": dict(plan.pruned),
@@ -226,7 +251,7 @@ def run(plan: CheckpointPlan, host: Host, context: Context) -> Report:
 
 def _converted(plan: CheckpointPlan, host: Host, context: Context) -> Generator[tuple[torch.Tensor, bool], None, None]:
     """The tensors whose format changes, in the file's order, and whether all their numbers are finite."""
-    file = plan.model.file
+    file = plan.file
 
     def work(info: TensorInfo) -> tuple[torch.Tensor, bool]:
         tensor = file.read(info)
