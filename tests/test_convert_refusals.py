@@ -9,8 +9,13 @@ from convert_files import arguments, convert, layers, linear_or_conv, load, lora
 from models import base_weights, last_json, listing, run_cli, save_checkpoint
 from safetensors.torch import save_file
 
+from lib_hypermerge.errors import Cancelled
+from lib_hypermerge.hosts.standalone import PathHost
 from lib_hypermerge.jobs import convert_modules
 from lib_hypermerge.jobs.convert_spec import ConvertSpec
+from lib_hypermerge.jobs.host import Context
+from lib_hypermerge.jobs.runner import execute
+from lib_hypermerge.jobs.verbs import find_verb
 
 
 @pytest.fixture
@@ -189,3 +194,24 @@ def test_names_are_suggested_after_what_goes_in():
     assert suggest({"lora": "style.safetensors", "to": "kohya", "family": "lora"}) == "style-lora"
     assert suggest({"checkpoint": "model.ckpt", "dtype": "fp16"}) == "model-fp16"
     assert suggest({"checkpoint": "model.ckpt"}) == "model-converted"
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "peft", "checkpoint"])
+@pytest.mark.parametrize("after", [1, 20, 60])
+def test_a_job_that_is_stopped_leaves_nothing(tmp_path, to, after):
+    verb, asked = find_verb("convert"), []
+    if to == "checkpoint":
+        source = save_checkpoint(tmp_path / "a.safetensors", base_weights("sd15"))
+        values = {"checkpoint": str(source), "dtype": "fp16"}
+    else:
+        source = save(tmp_path / "a.safetensors", lora("sd15", only=some))
+        values = {"lora": str(source), "to": to}
+
+    def interrupted() -> bool:
+        asked.append(1)
+        return len(asked) > after
+
+    spec = verb.spec.from_json(values | {"out": str(tmp_path / "o")})
+    with pytest.raises(Cancelled):
+        execute(verb, spec, PathHost(), Context(interrupted=interrupted))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

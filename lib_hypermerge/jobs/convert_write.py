@@ -94,7 +94,7 @@ class _KohyaFile:
 
     def commit(self) -> list[Written]:
         for name, (file, info) in self.plan.embeddings.items():
-            self.writer.add(_embedding_name(name), file.read(info))
+            self.writer.add(_embedding_name(name), _embedding(name, file.read(info)))
         texts = _metadata(self.plan, self.tally)
         return [self.writer.commit(lambda data, legacy: with_hashes(texts, data, legacy))]
 
@@ -102,6 +102,11 @@ class _KohyaFile:
 def _embedding_name(name: str) -> str:
     """The name of a bundled embedding's tensor in kohya's files; cloneofsimo's `<token>` has none yet."""
     return name if name.startswith("bundle_emb.") else f"bundle_emb.{name.strip('<>')}.string_to_param.*"
+
+
+def _embedding(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """cloneofsimo's single vectors as the rows that a bundled embedding has."""
+    return tensor[None] if tensor.dim() == 1 and not name.startswith("bundle_emb.") else tensor
 
 
 class _DiffusersFile:
@@ -230,7 +235,7 @@ class _PeftFolder:
         reserve = sum(len(_embedding_name(name).encode()) + _ENTRY for name in found) + _SLACK
         with SafetensorsWriter(self.folder.folder("") / EMBEDDINGS, reserve) as writer:
             for name, (file, info) in found.items():
-                writer.add(_embedding_name(name), file.read(info))
+                writer.add(_embedding_name(name), _embedding(name, file.read(info)))
             return writer.commit(lambda data, legacy: {"format": "pt"})
 
 
