@@ -181,6 +181,7 @@ def save_single(folder: Path, path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd3"], indirect=True)
 def test_extract_from_and_merge_into_folders_as_into_single_files(kind, models, folder, tmp_path):
     torch.manual_seed(1)
     tuned = pipelines.parts(kind)
@@ -208,6 +209,7 @@ def test_extract_from_and_merge_into_folders_as_into_single_files(kind, models, 
 # --- other shapes of the same thing -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["sd1", "flux"], indirect=True)
 def test_a_denoiser_alone_as_folder_file_or_index(kind, models, folder, tmp_path):
     name = "unet" if "unet" in models else "transformer"
     whole = {key: value for key, value in single_view(folder).items() if key.startswith("model.diffusion_model.")}
@@ -223,6 +225,7 @@ def test_the_file_that_names_the_components_stands_for_the_folder(folder):
     assert single_view(folder / "model_index.json").keys() == single_view(folder).keys()
 
 
+@pytest.mark.parametrize("kind", ["flux"], indirect=True)
 def test_a_full_file_is_preferred_to_its_variants_and_safetensors_to_pickles(kind, models, folder, tmp_path):
     copy = tmp_path / "m"
     shutil.copytree(folder, copy)
