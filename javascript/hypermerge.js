@@ -72,23 +72,39 @@ window.hypermerge = window.hypermerge || (() => {
         bar.remove();
     }
 
-    // questions about what is chosen are numbered, for their answers may come in another order
+    // Questions about what is chosen: one at a time, for answers could overtake each other, and of those that wait
+    // only the newest; the others are sent empty, which means nothing.
     const questions = {};
+    const PATIENCE = 30000; // ms
+    const UNCHANGED = {__type__: "update"}; // gradio's word for it
 
-    function ask(verb, values, count) {
-        questions[verb] ||= {asked: 0, answered: 0};
+    async function ask(verb, values, count) {
+        const state = questions[verb] ||= {newest: 0, under_way: 0, ended: null, end: () => {}};
         const inputs = Array.from(values).slice(0, count);
-        inputs[0] = String(++questions[verb].asked);
+        const own = ++state.newest;
+        while (state.under_way) await state.ended;
+        inputs[0] = "";
+        if (own !== state.newest) return inputs;
+        state.under_way = own;
+        state.ended = new Promise((resolve) => {
+            state.end = () => {
+                state.under_way = 0;
+                resolve();
+            };
+        });
+        setTimeout(() => { if (state.under_way === own) state.end(); }, PATIENCE);
+        inputs[0] = String(own);
         return inputs;
     }
 
-    // naming: the name for the result and the last one that was filled in, if the verb has a result
+    // values: the answer, what is shown, and if the verb has a result its name and the last one that was filled in
     function answered(verb, values, count) {
-        const [answer, shown, ...naming] = Array.from(values).slice(0, count);
-        const {asked, plan, name} = JSON.parse(answer);
-        if (Number(asked) < questions[verb].answered) return [shown, ...naming];
-        questions[verb].answered = Number(asked);
-        return [plan, ...(naming.length ? suggest(...naming, name) : [])];
+        const [answer, ...shown] = Array.from(values).slice(0, count);
+        const {asked, plan, name} = JSON.parse(answer || "{}");
+        const state = questions[verb];
+        if (!asked || Number(asked) !== state.under_way) return shown.map(() => UNCHANGED);
+        state.end();
+        return shown.length > 1 ? [plan, ...suggest(shown[1], shown[2], name)] : [plan];
     }
 
     // a name that somebody typed stays; one that was filled in makes way for a fresh one

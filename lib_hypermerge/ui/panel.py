@@ -118,8 +118,8 @@ class Panel:
             self._on_change(event)
 
     def _on_change(self, event: Callable[..., Any]) -> None:
-        """What would happen now, and a name for it. Answers can overtake each other: the page drops late ones, and
-        decides about the name, because somebody may have typed meanwhile."""
+        """What would happen now, and a name for it. The page asks one question at a time, and decides about the
+        name, because somebody may have typed meanwhile."""
         verb, inputs = self.verb.id, [self.asked, *self.components]
         asked = on(
             event, self._answer, inputs, [self.answer],
@@ -194,7 +194,9 @@ class Panel:
     def _values(self, raw: Sequence[Any]) -> dict[str, Any]:
         return values_of(self.verb.spec, self.controls, raw)
 
-    def _answer(self, asked: str, *raw: Any) -> str:
+    def _answer(self, asked: str, *raw: Any) -> Any:
+        if not asked:  # the page has a newer question already
+            return update()
         return json.dumps({"asked": asked, "plan": self._forecast(*raw), "name": self._fresh_name(*raw)})
 
     def _name_if_unnamed(self, values: dict[str, Any]) -> None:
@@ -288,7 +290,7 @@ def _plain(value: Any, kind: str) -> Any:
     """A model's name as if it was its file's: without a hash, with a suffix."""
     if kind == LORAS:
         return [{**lora, "lora": _plain(lora["lora"], LORA)} for lora in value or ()]
-    if kind not in MODELS or not isinstance(value, str):
+    if kind not in MODELS or not isinstance(value, str) or not value:
         return value
     name = _HASH.sub("", value)
     return name if PurePath(name).suffix.lower() in _SUFFIXES else f"{name}.safetensors"
