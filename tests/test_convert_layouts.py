@@ -1,10 +1,13 @@
 """Layers that one side fuses: split LoRAs for Flux joined, whole ones cut; text encoders; foreign spellings."""
 
+import json
+
 import pytest
 import torch
 from convert_files import convert, deltas, diffusers_names, layers, load, lora, refusal, same_bits, save, some, texts
 from models import base_weights, save_checkpoint
 from safetensors.torch import save_file
+from test_adapter_file import COUNTED, numbered_lora
 
 FUSED = "lora_unet_double_blocks_3_img_attn_qkv"
 SINGLE = "lora_unet_single_blocks_5_linear1"
@@ -147,3 +150,26 @@ def test_names_of_all_layers_are_unique_in_every_dialect():
     for family in ("sd15", "sd21", "sdxl", "flux_dev"):
         names = [n for m in layers(family) for n, _, _ in diffusers_names(family, m)]
         assert len(names) == len(set(names))
+
+
+def test_numbered_layers_get_names(tmp_path):
+    """cloneofsimo's files, their tokens and all; what they say of themselves in their own words is left behind."""
+    tensors, metadata, expected = {}, {"ss_session_id": "7"}, {}
+    for component, counted in COUNTED.items():
+        pairs, theirs = numbered_lora("sd15", component, counted)
+        short = {"unet": "unet", "text_encoder": "te"}[component]
+        expected |= {f"lora_{short}_{name.replace('.', '_')}": delta.flatten(1) for name, delta in theirs.items()}
+        metadata[component] = json.dumps(counted)
+        for index, (up, down) in enumerate(pairs):
+            tensors |= {f"{component}:{index}:up": up, f"{component}:{index}:down": down}
+            metadata[f"{component}:{index}:rank"] = "2"
+    tensors["<s1>"], metadata["<s1>"] = torch.ones(24), "<embed>"
+    base = save_checkpoint(tmp_path / "base.safetensors", base_weights("sd15"))
+    convert(save(tmp_path / "a.safetensors", tensors, metadata), tmp_path / "b", "--checkpoint", base)
+    stored = load(tmp_path / "b.safetensors")
+    assert torch.equal(stored.pop("bundle_emb.s1.string_to_param.*"), torch.ones(1, 24))
+    made = deltas(stored)
+    assert made.keys() == expected.keys()
+    assert all(torch.allclose(made[name], delta) for name, delta in expected.items())
+    after = texts(tmp_path / "b.safetensors")
+    assert after["ss_session_id"] == "7" and not {"unet", "text_encoder", "unet:0:rank", "<s1>"} & after.keys()

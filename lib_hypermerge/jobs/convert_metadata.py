@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ..files.metadata import lora_metadata
@@ -11,8 +12,7 @@ from .convert_plan import AdapterPlan
 from .convert_spec import KEEP, KOHYA
 
 _OF_THE_NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
-# cloneofsimo's own tables, which mean nothing beside other names
-_FOREIGN = (DIFFUSERS_METADATA, "unet", "text_encoder")
+_NUMBERED = re.compile(r"(unet|text_encoder)(:\d+:rank)?")
 
 
 def lora_texts(plan: AdapterPlan, ranks: dict[str, int], conv_ranks: dict[str, int], **more: Any) -> dict[str, str]:
@@ -21,7 +21,7 @@ def lora_texts(plan: AdapterPlan, ranks: dict[str, int], conv_ranks: dict[str, i
     ranks, conv_ranks: of the LoRA modules.  more: goes into the recipe.
     """
     lora = plan.lora.file.file
-    kept = {k: text for k, text in lora.metadata.items() if k not in STALE and k not in _FOREIGN and ":" not in k}
+    kept = {key: text for key, text in lora.metadata.items() if key not in STALE and not _is_foreign(key, text)}
     parents = {"lora": lora} | ({"checkpoint": plan.model.file} if plan.has_weights else {})
     own = {RECIPE: recipe(plan.spec, parents, **more)}
     if plan.spec.to != KOHYA:
@@ -43,3 +43,8 @@ def lora_texts(plan: AdapterPlan, ranks: dict[str, int], conv_ranks: dict[str, i
     if plan.spec.family != KEEP:
         kept = {key: text for key, text in kept.items() if key not in _OF_THE_NETWORK}
     return usual | kept | {"ss_output_name": name, "modelspec.title": name} | own
+
+
+def _is_foreign(key: str, text: str) -> bool:
+    """What would be wrong beside other names: alphas by diffusers' names, cloneofsimo's tables of numbered layers."""
+    return key == DIFFUSERS_METADATA or text == "<embed>" or _NUMBERED.fullmatch(key) is not None
