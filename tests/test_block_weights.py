@@ -68,6 +68,13 @@ def test_ranges_and_names():
     assert weights.of("te", "L00") == -1
     assert parse("IN05-OUT02=0", "sd1").of("unet", "MID") == 0
     assert parse("D=0, S00-S03=0.5", "flux").of("unet", "S02") == 0.5
+    assert parse("J00-J11=0.5, OUT=0", "sd3").of("unet", "J11") == 0.5
+
+
+def test_the_t5_of_flux_has_a_number_of_its_own():
+    weights = parse("0.5,0.25" + ",1" * 59, "flux")
+    assert (weights.of("te1", "L00"), weights.of("te3", "L00"), weights.of("unet", "IN")) == (0.5, 0.25, 1)
+    assert parse("BASE=0.5", "sd3").of("te3", "L00") == 0.5
 
 
 @pytest.mark.parametrize(

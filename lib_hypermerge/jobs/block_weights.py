@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..errors import SpecError
 
 BASE = "BASE"  # the text encoders
+T5 = "T5"  # that of Flux and SD3, which has a number of its own
 
 
 def _range(prefix: str, first: int, last: int) -> list[str]:
@@ -25,8 +26,9 @@ FORMATS: dict[int, tuple[tuple[str, ...], list[str]]] = {
     17: (("sd1", "sd2"), [BASE, "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *_range("OUT", 3, 11)]),
     20: (("sdxl",), [BASE, *_range("IN", 0, 8), "MID", *_range("OUT", 0, 8)]),
     26: (("sd1", "sd2"), [BASE, *_range("IN", 0, 11), "MID", *_range("OUT", 0, 11)]),
-    61: (("flux",), [BASE, "T5", "IN", *_range("D", 0, 18), *_range("S", 0, 37), "OUT"]),
+    61: (("flux",), [BASE, T5, "IN", *_range("D", 0, 18), *_range("S", 0, 37), "OUT"]),
 }
+_WITHOUT_FORMAT = {"sd3": [BASE, T5, "IN", *_range("J", 0, 37), "OUT"]}
 
 # preset → the blocks of SD1 and SD2 that keep their weight, and those of SDXL; text encoders keep theirs
 _PRESETS: dict[str, tuple[str, str]] = {
@@ -58,13 +60,15 @@ class BlockWeights:
 
     def of(self, component: str, block: str) -> float:
         """The factor for a layer of a component ("unet", or a text encoder) and block ("IN04", "MID" …)."""
-        return self.values.get(block, self.default) if component == "unet" else self.base
+        if component == "unet":
+            return self.values.get(block, self.default)
+        return self.values.get(T5, self.base) if component == "te3" else self.base
 
 
 def blocks_of(architecture: str) -> list[str]:
-    """Every block that weights can be given for, text encoders first; empty for an architecture without names."""
-    longest = [blocks for ids, blocks in FORMATS.values() if architecture in ids]
-    return max(longest, key=len, default=[])
+    """Every block that weights can be given for, text encoders first."""
+    lists = [blocks for ids, blocks in FORMATS.values() if architecture in ids]
+    return max(lists, key=len, default=_WITHOUT_FORMAT.get(architecture, []))
 
 
 def parse(text: str, architecture: str) -> BlockWeights:
