@@ -7,6 +7,8 @@ recipe, by the module's name in diffusers; modules of the same kind share one en
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
@@ -17,7 +19,7 @@ import torch
 from ..adapters.dora import MAGNITUDES, SCALE
 from ..adapters.lora import DOWN, UP
 from ..algebra import folding
-from ..files.dtypes import name_of, torch_dtype
+from ..files.dtypes import FLOATS, name_of, torch_dtype
 
 ALPHA = "alpha"
 Tensors = dict[str, torch.Tensor]
@@ -74,15 +76,24 @@ def read(recipe: Mapping[str, Any], names: list[str]) -> Notes:
     try:
         assert isinstance(table, dict)
         kinds = [Kind(*values) for values in table["kinds"]]
-        types = [(int,), (int, float, type(None)), (str,), (int,), (str,), (str,), (int,), (int,), (str,)]
-        for kind in kinds:
-            if not all(isinstance(v, t) for v, t in zip(astuple(kind), types, strict=True)) or kind.rank < 1:
-                return Notes()
+        if not all(map(_is_sound, kinds)):
+            return Notes()
         place = {name: int(i) for i, own in table["others"].items() for name in own}
-        spelled = {str(name): str(key) for name, key in table["names"].items()}
+        spelled = {str(name): str(key) for name, key in table["names"].items() if re.fullmatch(r"\w+", str(key))}
         return Notes({name: kinds[place.get(name, 0)] for name in names}, spelled) if kinds else Notes()
     except (AssertionError, KeyError, IndexError, TypeError, ValueError, AttributeError):  # somebody else's
         return Notes()
+
+
+def _is_sound(kind: Kind) -> bool:
+    """Whether a note that came out of a file can be what kind_of() made."""
+    types = [(int,), (int, float, type(None)), (str,), (int,), (str,), (str,), (int,), (int,), (str,)]
+    if not all(isinstance(value, t) for value, t in zip(astuple(kind), types, strict=True)):
+        return False
+    formats = {kind.up, kind.down} | {kind.alpha_dtype} - {""} | {kind.magnitudes} - {""}
+    alpha = kind.alpha is None or (math.isfinite(kind.alpha) and kind.alpha_dtype != "")
+    axes = {kind.up_axes, kind.down_axes} <= {2, 3, 4} and 0 <= kind.alpha_axes <= 4
+    return kind.rank > 0 and alpha and axes and formats <= FLOATS
 
 
 def restored(tensors: Tensors, kind: Kind | None, alpha: float | None) -> Tensors:

@@ -172,6 +172,7 @@ def refuse_misfits(lora: LoraInput, model: Model) -> None:
 
 def check(plan: AdapterPlan) -> None:
     """Raises SpecError or LayoutError for what cannot be converted as asked, and gathers the warnings."""
+    _check_names(plan)
     _check_families(plan)
     _check_seams(plan)
     if plan.spec.family != KEEP:
@@ -187,6 +188,15 @@ def check(plan: AdapterPlan) -> None:
             "Choose kohya's dialect.",
         )  # fmt: skip
     _warn(plan)
+
+
+def _check_names(plan: AdapterPlan) -> None:
+    names = Counter([out.name for unit in plan.units for out in unit.outs] + [entry.key for entry in plan.verbatim])
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise FormatError(
+            f"Two modules of {plan.lora.path.name} would both be called {twice[0]}.", "Its names contradict each other."
+        )
 
 
 def _of(plan: AdapterPlan, *how: str) -> list[Source]:
