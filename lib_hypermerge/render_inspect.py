@@ -63,7 +63,14 @@ def _checkpoint(file: dict[str, Any]) -> list[tuple[str, str]]:
     others = {kind: part["tensors"] for kind, part in file["others"].items()}
     if others:
         rows.append(("besides", counts(others)))
-    return rows + [(host["title"], _loads(host)) for host in file["hosts"].values()]
+    rows += [(host["title"], _loads(host)) for host in file["hosts"].values()]
+    return rows + (_values_read(file["values"]) if "values" in file else [])
+
+
+def _values_read(values: dict[str, Any]) -> list[tuple[str, str]]:
+    bad = values["nonfinite"]
+    rows = [(f"norm of {component}", f"{part['norm']:.4g}") for component, part in values["components"].items()]
+    return [*rows, ("NaN or Inf", listed(bad["names"], bad["count"]) if bad["count"] else "none")]
 
 
 def _loads(host: dict[str, Any]) -> str:

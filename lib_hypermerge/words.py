@@ -16,7 +16,7 @@ def percent(share: float) -> str:
 
 
 def counts(table: Mapping[str, int]) -> str:
-    """"192 LoRA, 3 norm", the largest first; "none" for nothing."""
+    """As in "192 LoRA, 3 norm", the largest first; "none" for nothing."""
     ordered = sorted(table.items(), key=lambda item: -item[1])
     return ", ".join(f"{count} {name}" for name, count in ordered if count) or "none"
 

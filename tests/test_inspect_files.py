@@ -15,6 +15,7 @@ from test_inspect import inspect, only
 
 from lib_hypermerge.errors import Cancelled, FormatError, LayoutError, SpecError
 from lib_hypermerge.hosts.standalone import FolderHost
+from lib_hypermerge.jobs import inspect_values
 from lib_hypermerge.jobs.host import Context
 from lib_hypermerge.jobs.runner import execute, forecast
 from lib_hypermerge.jobs.verbs import find_verb
@@ -64,6 +65,23 @@ def test_what_else_lies_in_a_checkpoint_is_named(tmp_path):
         "EMA copies": 3, "schedule buffers": 2, "markers": 1, "other tensors": 1,
     }  # fmt: skip
     assert file["others"]["other tensors"]["names"] == ["odd"]
+
+
+def test_a_checkpoint_s_numbers_are_read_on_request(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect_values, "_PIECE", 1 << 10)
+    weights = base_weights("sd15")
+    key = next(key for key in weights if key.endswith("attn1.to_q.weight"))
+    weights[key][0, :2] = float("nan")
+    path = save_checkpoint(tmp_path / "model.safetensors", weights)
+    assert "values" not in only(path)
+    values = only(path, "--norms")["values"]
+    assert values["nonfinite"] == {"count": 1, "names": [key], "values": 2}
+    for component, prefix in {**PREFIXES["sd15"], "vae": "first_stage_model."}.items():
+        squares = [w.double().nan_to_num(0).square().sum() for k, w in weights.items()
+                   if k.startswith(prefix) and w.is_floating_point()]  # fmt: skip
+        assert values["components"][component]["norm"] == pytest.approx(float(sum(squares)) ** 0.5, rel=1e-12)
+    words = run_cli(["inspect", path, "--norms", "--quiet"])
+    assert f"NaN or Inf: {key}" in words.stdout
 
 
 @pytest.mark.parametrize(

@@ -70,14 +70,22 @@ class _Inspection:
         if isinstance(item.content, Model):
             facts |= checkpoint_facts(item.content)
             facts["hosts"] = checkpoint_hosts(item.content, item.path or item.content.file.path, facts["markers"])
+            if self.spec.measures:
+                facts["values"] = self._values(item.content)
         else:
             facts |= self._adapter_facts(index, item.content)
         if self.spec.hashes:
             facts["hashes"] = self._hashes(item)
         return facts
 
+    def _values(self, model: Model) -> dict[str, Any]:
+        from .inspect_values import measure_values  # brings torch, which headers need not wait for
+
+        on_bytes = self._shares(model.file.size, lambda: model.file.size)
+        return measure_values(model, self.host.threads(), on_bytes, self.context.check)
+
     def _adapter_facts(self, index: int, file: AdapterFile) -> dict[str, Any]:
-        from . import inspect_adapter  # brings torch, which a checkpoint's header needs not wait for
+        from . import inspect_adapter  # brings torch, which a checkpoint's header need not wait for
 
         seen = self.seen[index] = inspect_adapter.see(file, self.plan.base)
         facts = inspect_adapter.adapter_facts(seen)

@@ -74,7 +74,7 @@ class InspectPlan:
         if self.spec.hashes:
             total += sum(item.bytes for item in self.items)
         if self.spec.measures:
-            total += sum(item.bytes for item in self.adapters)
+            total += sum(item.bytes for item in self.items)
         if self.compares and len(self.adapters) > 1:
             total += sum(item.bytes for item in self.adapters)
         if self.compares and len(self.checkpoints) > 1:

@@ -24,7 +24,7 @@ class InspectSpec(Spec):
         FILES, "Files", "Checkpoints and LoRAs of any kind; several are also compared with each other."
     )
     norms: bool = param(
-        FLAG, "Norms", "How much a LoRA changes each block, and whether it holds NaN or Inf: reads all of it.", False
+        FLAG, "Norms", "How much a LoRA changes each block, and whether there is NaN or Inf: reads all of it.", False
     )
     spectra: bool = param(
         FLAG, "Spectra", "The norms, and the singular values of each layer's change.", False
@@ -38,11 +38,11 @@ class InspectSpec(Spec):
     similarity: str = param(CHOICE, "Similarity", "How two or more files are compared.", "auto", choices=SIMILARITY)
     base: str | None = param(
         CHECKPOINT, "Base checkpoint",
-        "Checkpoints are compared by what they change in it; DoRA, OFT, IA3 and GLoRA are measured on it.", None,
+        "Checkpoints are compared by what they change in it; DoRA, OFT, IA3, GLoRA, SVDiff are measured on it.", None,
         optional=True, advanced=True,
     )  # fmt: skip
 
     @property
     def measures(self) -> bool:
-        """Whether the tensors of LoRAs are read."""
+        """Whether the numbers of single files are read."""
         return self.norms or self.spectra

@@ -40,9 +40,7 @@ def _file(file: dict[str, Any]) -> str:
         parts.append(html.picture(lambda: measured_picture(file["measured"])))
     if file["metadata"]:
         rows = list(file["metadata"].items())
-        parts.append(
-            f"<details><summary>Metadata ({len(rows)})</summary>{html.table(rows[:_MOST_METADATA])}</details>"
-        )
+        parts.append(f"<details><summary>Metadata ({len(rows)})</summary>{html.table(rows[:_MOST_METADATA])}</details>")
     return "".join(parts)
 
 
