@@ -83,7 +83,7 @@ def test_diffusers_loads_our_files(tmp_path, warnings, family, low_memory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_our_folders(tmp_path, family):
-    tensors = lora(family, only=some, **ODD)  # PEFT takes long over many patterns
+    tensors = lora(family, only=some, **({} if family == "sdxl" else ODD))  # PEFT takes long over many patterns
     convert(save(tmp_path / "a.safetensors", tensors), tmp_path / "b", "--to", "peft")
     wanted, models = changes(family, tensors), models_of(family, base_weights(family))
     assert {p.name for p in (tmp_path / "b").iterdir()} == set(models)
