@@ -9,6 +9,9 @@ from models import base_weights, cast, last_json, listing, run_cli, save_checkpo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lib_hypermerge.errors import SpecError
+from lib_hypermerge.hosts.standalone import PathHost
+from lib_hypermerge.jobs.convert import ConvertSpec, make_plan
 from lib_hypermerge.layouts.opening import open_checkpoint
 
 UNET = "model.diffusion_model."
@@ -233,3 +236,16 @@ def test_a_folder_of_diffusers_becomes_one_file(tmp_path):
         for name, info in parts.tensors.items():
             tensor, made = parts.read(info), file.read(file.tensors[name])
             assert torch.equal(tensor.half() if tensor.is_floating_point() else tensor, made), name
+
+
+def test_the_checkpoint_that_is_loaded_at_the_moment_is_not_replaced(tmp_path, checkpoint):
+    """Windows cannot, and elsewhere the WebUI would go on with the old one."""
+
+    class Host(PathHost):
+        def loaded_checkpoint(self):
+            return tmp_path / "loaded.safetensors"
+
+    (tmp_path / "loaded.safetensors").write_bytes(checkpoint.read_bytes())
+    spec = ConvertSpec(checkpoint=str(checkpoint), out=str(tmp_path / "loaded"), overwrite=True)
+    with pytest.raises(SpecError, match="loaded at the moment"):
+        make_plan(spec, Host())
