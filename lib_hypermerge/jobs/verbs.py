@@ -30,7 +30,7 @@ class Verb:
 
 VERBS = {
     "extract": Verb("extract", "Extract", "A LoRA from a fine-tuned checkpoint and its base.", ExtractSpec, ".extract"),
-    "merge": Verb("merge", "Merge", "LoRAs into a checkpoint, for good or to try.", MergeSpec, ".merge"),
+    "merge": Verb("merge", "Merge", "LoRAs of any kind into a checkpoint.", MergeSpec, ".merge"),
     "convert": Verb(
         "convert", "Convert", "A LoRA in another dialect or family, a checkpoint in another number format.",
         ConvertSpec, ".convert",
