@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -230,7 +229,7 @@ def test_an_input_replaced_meanwhile(models, tmp_path, which):
     with make_plan(wanted, PathHost()) as plan:
         other = tmp_path / "new"
         other.write_bytes((tmp_path / f"{which}.safetensors").read_bytes())
-        os.replace(other, tmp_path / f"{which}.safetensors")
+        other.replace(tmp_path / f"{which}.safetensors")
         with pytest.raises(InputChangedError):
             run(plan, PathHost(), Context())
     assert not (tmp_path / "o.safetensors").exists()
