@@ -104,7 +104,8 @@ window.hypermerge = window.hypermerge || (() => {
         const state = questions[verb];
         if (!asked || Number(asked) !== state.under_way) return shown.map(() => UNCHANGED);
         state.end();
-        return shown.length > 1 ? [plan, ...suggest(shown[1], shown[2], name)] : [plan];
+        const named = shown.length > 1 ? suggest(shown[1], shown[2], name) : [];
+        return [plan ?? UNCHANGED, ...named];
     }
 
     // a name that somebody typed stays; one that was filled in makes way for a fresh one

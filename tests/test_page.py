@@ -276,6 +276,23 @@ def test_only_what_awaits_a_job_stands_in_the_queue(site: Site) -> None:
     assert len(at_once) == sum(len(panel.components) + 1 + 3 for panel in panels)
 
 
+def test_a_webui_stores_each_label_s_default_once(site: Site) -> None:
+    """It would give the value of one verb's control to another's of the same label."""
+    panels = [panel_of(site.runner, verb) for verb in VERBS]
+    components = [component for panel in panels for component in panel.components]
+    stored = [c.label for c in components if not getattr(c, "do_not_save_to_config", False)]
+    assert len(stored) == len(set(stored)) > 20
+
+
+def test_a_name_that_was_cleared_stays_empty(page: Page, site: Site) -> None:
+    open_page(page, site)
+    choose_models(page)
+    expect(field(page, "plan")).to_contain_text("354 layers", timeout=SOON)
+    type_into(page, "out", "")
+    page.wait_for_timeout(1500)
+    expect(text_box(page, "out")).to_have_value("")
+
+
 def test_refresh_finds_a_new_checkpoint(page: Page, site: Site) -> None:
     open_page(page, site)
     new = site.checkpoints / "arrived.safetensors"

@@ -114,15 +114,17 @@ class Panel:
             self.interrupt.click, self._interrupt, [self.task], js=f"() => [hypermerge.task({verb!r})]", **AT_ONCE
         )  # fmt: skip
         on(self.refresh.click, self._refresh, dropdowns, dropdowns, **AT_ONCE)
-        for event in (*(component.change for component in components), started.then):  # after a run its name is taken
-            self._on_change(event)
+        for held in self.controls.values():
+            for component in held.components:  # a name that is being typed is not to be filled in
+                self._on_change(component.change, self._plan if held.param.kind == OUTPUT else self._plan_and_name)
+        self._on_change(started.then, self._name_alone)  # the one that it had is taken now
 
-    def _on_change(self, event: Callable[..., Any]) -> None:
+    def _on_change(self, event: Callable[..., Any], answer: Callable[..., Any]) -> None:
         """What would happen now, and a name for it. The page asks one question at a time, and decides about the
         name, because somebody may have typed meanwhile."""
         verb, inputs = self.verb.id, [self.asked, *self.components]
         asked = on(
-            event, self._answer, inputs, [self.answer],
+            event, answer, inputs, [self.answer],
             js=f"(...values) => hypermerge.ask({verb!r}, values, {len(inputs)})", **AT_ONCE,
         )  # fmt: skip
         out = next((c.components[0] for c in self.controls.values() if c.param.kind == OUTPUT), None)
@@ -194,10 +196,14 @@ class Panel:
     def _values(self, raw: Sequence[Any]) -> dict[str, Any]:
         return values_of(self.verb.spec, self.controls, raw)
 
-    def _answer(self, asked: str, *raw: Any) -> Any:
-        if not asked:  # the page has a newer question already
-            return update()
-        return json.dumps({"asked": asked, "plan": self._forecast(*raw), "name": self._fresh_name(*raw)})
+    def _plan_and_name(self, asked: str, *raw: Any) -> Any:
+        return _answer(asked, lambda: {"plan": self._forecast(*raw), "name": self._fresh_name(*raw)})
+
+    def _plan(self, asked: str, *raw: Any) -> Any:
+        return _answer(asked, lambda: {"plan": self._forecast(*raw)})
+
+    def _name_alone(self, asked: str, *raw: Any) -> Any:
+        return _answer(asked, lambda: {"name": self._fresh_name(*raw)})
 
     def _name_if_unnamed(self, values: dict[str, Any]) -> None:
         for field in values:
@@ -284,6 +290,11 @@ class Panel:
             _shown(job) if job else "",
             job.id if job and under_way else "",
         ]
+
+
+def _answer(asked: str, facts: Callable[[], dict[str, str]]) -> Any:
+    """JSON for the page's script; nothing if it has a newer question already."""
+    return json.dumps({"asked": asked, **facts()}) if asked else update()
 
 
 def _plain(value: Any, kind: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from ..jobs.spec import (
     Spec,
     read_text,
 )
+from ..jobs.verbs import VERBS
 
 MODELS = (CHECKPOINT, LORA, FILES, LORAS)  # kinds that are chosen from the host's lists
 _UNSAVED = (CHECKPOINT, LORA, FILES, OUTPUT)  # a WebUI stores the defaults of all other controls in ui-config.json
@@ -46,20 +48,23 @@ def element_id(verb: str, field: str) -> str:
 
 
 def control(verb: str, name: str, param: Param, default: Any, lists: Lists) -> Control:
-    """The control of a parameter, made inside the current gr.Blocks.
-
-    Labels are unique in the tab: a WebUI keeps settings by label.
-    """
+    """The control of a parameter, made inside the current gr.Blocks."""
     if param.kind == LORAS:
         from .lora_rows import lora_rows
 
         return lora_rows(verb, name, param, lists[LORA])
     common: dict[str, Any] = {"label": param.label, "elem_id": element_id(verb, name), "interactive": True}
     made = _component(param, default, lists, common)
-    if param.kind in _UNSAVED or name == "overwrite":
+    if param.kind in _UNSAVED or name == "overwrite" or _is_known(verb, param.label):
         keep_out_of_config(made)
     pickers = [(made, param.kind)] if param.kind in lists else []
     return Control(param, [made], lambda values: _single(param, values[0]), pickers)
+
+
+def _is_known(verb: str, label: str) -> bool:
+    """Whether an earlier verb has a control of that label: a WebUI stores defaults by label, and would mix them up."""
+    earlier = itertools.takewhile(lambda other: other.id != verb, VERBS.values())
+    return any(param.label == label for other in earlier for param in other.spec.params().values())
 
 
 def _component(param: Param, default: Any, lists: Lists, common: dict[str, Any]) -> Any:
