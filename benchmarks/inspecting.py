@@ -120,12 +120,12 @@ def _hollow(path: Path, table: Shapes) -> Path:
 
 def _filled(path: Path, table: Shapes, seed: int) -> Path:
     """With numbers of the size that a trained LoRA's have."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
     head, size = _header(table)
     if path.exists() and path.stat().st_size == len(head) + size:
         return path
+    import torch  # not before: a child's peak of memory is never below its parent's
+
+    generator = torch.Generator().manual_seed(seed)
     with path.open("wb") as file:
         file.write(head)
         for key, shape in table.items():
