@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lib_hypermerge.cli import build_parser
 from lib_hypermerge.flags import flag_of
@@ -21,9 +23,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # room → rooms it may use besides itself and errors
 MAY_USE = {
-    "algebra": set(),
+    "lazy": set(),
+    "algebra": {"lazy"},
     "files": set(),
-    "adapters": {"algebra"},
+    "adapters": {"algebra", "lazy"},
     "layouts": {"files"},
     "jobs": {"algebra", "adapters", "layouts", "files"},
     "hosts": {"jobs", "files"},
@@ -130,6 +133,19 @@ def test_a_mistyped_flag_is_answered_without_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["2", "False", "False"]
+
+
+def test_headers_of_a_lora_are_inspected_without_torch(tmp_path) -> None:
+    path = tmp_path / "lora.safetensors"
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    factors = {"lora_up.weight": torch.ones(8, 2), "lora_down.weight": torch.ones(2, 8), "alpha": torch.tensor(1.0)}
+    save_file({f"{name}.{part}": tensor for part, tensor in factors.items()}, path)
+    code = (
+        f"import sys; from lib_hypermerge.cli import main; code = main(['inspect', {str(path)!r}, '--quiet']);"
+        "print(code, 'torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-2:] == ["0", "False"]
 
 
 def test_install_installs_nothing_and_says_what_is_missing() -> None:

@@ -204,3 +204,19 @@ def test_a_failing_disk_is_told(tmp_path, monkeypatch):
         monkeypatch.setattr(SafetensorsFile, "_read_some", fail)
         with pytest.raises(FormatError, match=r"m\.safetensors cannot be read\. Input/output error"):
             file.read(file.tensors["a"])
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (0.3, torch.float64), (0.3, torch.float32), (0.3, torch.float16), (0.3, torch.bfloat16), (-2.5, torch.bfloat16),
+        (0.5, torch.float8_e4m3fn), (-7, torch.int64), (-7, torch.int32), (-7, torch.int16), (-7, torch.int8),
+        (200, torch.uint8), (True, torch.bool),
+    ],
+)  # fmt: skip
+def test_one_number_is_what_the_tensor_holds(tmp_path, value, dtype):
+    for shape in ((), (1,), (1, 1)):
+        tensor = torch.tensor(value).to(dtype).reshape(shape)
+        save_file({"before": torch.ones(3), "one": tensor.contiguous()}, tmp_path / "m.safetensors")
+        with SafetensorsFile(tmp_path / "m.safetensors") as file:
+            assert file.number(file.tensors["one"]) == float(tensor.double().item())

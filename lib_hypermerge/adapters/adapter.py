@@ -6,10 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
-import torch
-
 from ..algebra.factored import LowRank
 from ..errors import FormatError
+from ..lazy import torch
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -89,11 +88,11 @@ class Adapter(ABC):
         """The change (n,) of the layer's bias at strength 1, None if there is none. A layer may have no bias yet."""
         return self.tensors[BIAS].flatten() if BIAS in self.tensors else None
 
-    def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank | None:
+    def low_rank(self, dtype: torch.dtype | None = None) -> LowRank | None:
         """The change in factored form, exactly.
 
         None where the family has no such form, or one whose rank reaches the weight's short side (a plain LoRA
-        always has its own). Products that have to be formed for it are formed in dtype.
+        always has its own). Products that have to be formed for it are formed in dtype, float32 by default.
         """
         return None
 

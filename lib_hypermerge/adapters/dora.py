@@ -13,9 +13,8 @@ from collections.abc import Collection, Mapping
 from functools import cache
 from typing import ClassVar
 
-import torch
-
 from ..algebra import dora
+from ..lazy import torch
 from .adapter import Adapter, Shape, Shapes, flat
 
 SCALE, PEFT = "dora_scale", "lora_magnitude_vector"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
-
 from ..errors import FormatError
+from ..lazy import torch
 from . import dora
 from .adapter import BIAS, Adapter, Shapes
 from .full import Full

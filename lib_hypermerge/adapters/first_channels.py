@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-import torch
-
+from ..lazy import torch
 from .adapter import Adapter, LowRank, Shape
 
 
@@ -40,7 +39,7 @@ class FirstChannels(Adapter):
     def bias_change(self) -> torch.Tensor | None:
         return self.adapter.bias_change()
 
-    def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank | None:
+    def low_rank(self, dtype: torch.dtype | None = None) -> LowRank | None:
         low = self.adapter.low_rank(dtype)
         if low is None:
             return None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from ..lazy import torch
 from .adapter import BIAS, Adapter, Shape, Shapes, flat
 
 DIFF = "diff"

@@ -7,8 +7,7 @@ b2 (n, r).  The sizes tell which.  For a convolution A mixes input channels: (WÂ
 
 from __future__ import annotations
 
-import torch
-
+from ..lazy import torch
 from .adapter import Adapter, Shape, Shapes, disagree, flat, require, squeezed
 
 A1, A2, B1, B2 = "a1.weight", "a2.weight", "b1.weight", "b2.weight"

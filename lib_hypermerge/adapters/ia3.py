@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
-
+from ..lazy import torch
 from .adapter import Adapter, Shape, Shapes, disagree, flat, require
 
 SCALES, ON_INPUT = "weight", "on_input"

@@ -9,9 +9,8 @@ every column of one w_a with every column of the other, and of the rows of the w
 
 from __future__ import annotations
 
-import torch
-
 from ..algebra.factored import LowRank
+from ..lazy import torch
 from .adapter import Adapter, Shape, Shapes, disagree, flat, require, squeezed
 
 A1, B1, A2, B2 = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
@@ -46,8 +45,8 @@ class Loha(Adapter):
         (up1, down1), (up2, down2) = self._factors(weight.dtype, weight.device)
         return ((self.scale * up1) @ down1).mul_(up2 @ down2).reshape(weight.shape)
 
-    def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank | None:
-        (up1, down1), (up2, down2) = self._factors(dtype, self.tensors[A1].device)
+    def low_rank(self, dtype: torch.dtype | None = None) -> LowRank | None:
+        (up1, down1), (up2, down2) = self._factors(dtype or torch.float32, self.tensors[A1].device)
         if len(down1) * len(down2) >= min(len(up1), down1.shape[1]):
             return None
         up = (up1[:, :, None] * up2[:, None]).flatten(1)

@@ -9,9 +9,8 @@ Flattened, w1 ⊗ w2 = (a1·b1) ⊗ (a2·b2) = (a1 ⊗ a2)·(b1 ⊗ b2): low-ran
 
 from __future__ import annotations
 
-import torch
-
 from ..algebra.factored import LowRank
+from ..lazy import torch
 from .adapter import Adapter, Shape, Shapes, disagree, flat, require, squeezed
 
 W1, A1, B1 = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
@@ -51,8 +50,9 @@ class Lokr(Adapter):
         )
         return torch.kron((self.scale * w1).to(weight.device), w2.to(weight.device)).reshape(weight.shape)
 
-    def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank | None:
-        (up1, down1), (up2, down2) = (_split(*pair) for pair in (self._first(dtype), self._second(dtype)))
+    def low_rank(self, dtype: torch.dtype | None = None) -> LowRank | None:
+        wide = dtype or torch.float32
+        (up1, down1), (up2, down2) = (_split(*pair) for pair in (self._first(wide), self._second(wide)))
         n, k, rank = len(up1) * len(up2), down1.shape[1] * down2.shape[1], len(down1) * len(down2)
         if rank >= min(n, k):
             return None

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from ..algebra.factored import LowRank
+from ..lazy import torch
 from .adapter import Adapter, Shape, Shapes, disagree, flat, require, squeezed
 
 UP, DOWN, MID, UP_BIAS = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "lora_up.bias"
@@ -52,11 +51,12 @@ class Lora(Adapter):
         bias = ["AUTOMATIC1111 and Forge leave out lora_up.bias, a change of the bias."] if UP_BIAS in shapes else []
         return super().notes(shapes) + bias
 
-    def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank | None:
+    def low_rank(self, dtype: torch.dtype | None = None) -> LowRank | None:
         up, down = self.tensors[UP].flatten(1), self.tensors[DOWN]
         mid = self.tensors.get(MID)
         if mid is not None:
-            down = torch.einsum("pqyx,qi->piyx", mid.to(dtype), down.to(dtype).flatten(1))
+            wide = dtype or torch.float32
+            down = torch.einsum("pqyx,qi->piyx", mid.to(wide), down.to(wide).flatten(1))
         return LowRank(up, down.flatten(1), self.scale)
 
     def change(self, weight: torch.Tensor) -> torch.Tensor:

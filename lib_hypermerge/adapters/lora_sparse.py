@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
-
 from ..algebra.factored import LowRank
+from ..lazy import torch
 from .adapter import Shapes, disagree, flat, require
 from .lora import Lora
 
@@ -38,7 +37,7 @@ class SparseLora(Lora):
     def notes(cls, shapes: Shapes) -> list[str]:
         return [*super().notes(shapes), "No WebUI reads the sparse rest of this LoRA any more."]
 
-    def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank | None:
+    def low_rank(self, dtype: torch.dtype | None = None) -> LowRank | None:
         return None
 
     def change(self, weight: torch.Tensor) -> torch.Tensor:

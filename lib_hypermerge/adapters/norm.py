@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
+from ..lazy import torch
 from .adapter import BIAS, Adapter, Shape, Shapes, disagree, flat, require
 
 WEIGHT, SHIFT = "w_norm", "b_norm"

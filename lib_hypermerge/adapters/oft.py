@@ -14,8 +14,7 @@ together as a group of b and applies R_ij (not transposed) to each group j.
 
 from __future__ import annotations
 
-import torch
-
+from ..lazy import torch
 from .adapter import Adapter, Shape, Shapes, disagree, flat, require
 
 BLOCKS, TURNS, RESCALE = "oft_blocks", "oft_diag", "rescale"

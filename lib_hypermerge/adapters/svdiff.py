@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..algebra import svdiff
+from ..lazy import torch
 from .adapter import Adapter, Shape, Shapes, disagree, flat
 
 DELTA = "delta"

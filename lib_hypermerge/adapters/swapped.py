@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-import torch
-
+from ..lazy import torch
 from .adapter import Adapter, LowRank
 
 
@@ -42,7 +41,7 @@ class Swapped(Adapter):
         change = self.adapter.bias_change()
         return None if change is None else swap(change)
 
-    def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank | None:
+    def low_rank(self, dtype: torch.dtype | None = None) -> LowRank | None:
         low = self.adapter.low_rank(dtype)
         return None if low is None else replace(low, up=swap(low.up))
 

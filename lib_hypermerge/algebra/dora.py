@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
+from ..lazy import torch
 
 OUTPUT, INPUT = 0, 1  # the axis along which the magnitudes stand: one per output row, or one per input channel
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
+from ..lazy import torch
 from .lowrank import Factors, check_range, least_squares, signs_of
 from .rank import by_energy
 
@@ -63,15 +62,16 @@ def singular_values(a: LowRank) -> torch.Tensor:
 
 
 def compress(
-    a: LowRank, dtype: torch.dtype = torch.float32, rank: int | None = None, energy: float | None = None
+    a: LowRank, dtype: torch.dtype | None = None, rank: int | None = None, energy: float | None = None
 ) -> Factors:
     """The best factors of A, balanced and with alpha = rank in mind: A ≈ up·down.
 
     rank: at most so many directions.  energy: only as many as keep this share of ‖A‖²_F.  Neither: all that are
-    not rounding noise.  Never fewer than one.  dtype: of the factors; the second solves least squares against the
-    rounded first, so rounding the first costs nothing, and error2 is measured as rounded.
+    not rounding noise.  Never fewer than one.  dtype: of the factors, float32 by default; the second solves
+    least squares against the rounded first, so rounding the first costs nothing, and error2 is measured as rounded.
     Raises NumericalError if dtype cannot hold the numbers.
     """
+    dtype = dtype or torch.float32
     left, RB = torch.linalg.qr(a.up.double())
     right, RA = torch.linalg.qr(a.down.double().mT)
     U, S, Vh = torch.linalg.svd(a.scale * (RB @ RA.mT), full_matrices=False)

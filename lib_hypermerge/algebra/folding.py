@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from ..lazy import torch
 
 
 def fold(X: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:

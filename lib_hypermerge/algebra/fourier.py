@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-
+from ..lazy import torch
 from .factored import LowRank
 
 

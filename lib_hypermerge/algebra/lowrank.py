@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..errors import NumericalError
+from ..lazy import torch
 from . import svd
 from .products import times_transposed
 

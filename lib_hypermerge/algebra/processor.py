@@ -7,7 +7,7 @@ import platform
 from functools import lru_cache
 from pathlib import Path
 
-import torch
+from ..lazy import torch
 
 _CPUINFO = Path("/proc/cpuinfo")
 _X86 = ("x86_64", "amd64")

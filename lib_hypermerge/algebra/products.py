@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-import torch
+from ..lazy import torch
 
 _BLOCK = 320  # rows of a Gram matrix at a time; smaller ones lose more speed than their symmetry saves
 

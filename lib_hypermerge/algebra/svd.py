@@ -13,8 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
+from ..lazy import torch
 from .processor import native_bf16 as native_bf16  # decides what `low` is worth
 from .products import gram
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from ..lazy import torch
 
 _SQUARED = 1e-6  # where values below this share of the first are, their squares are rounding noise of float64
 
@@ -61,15 +61,16 @@ def change(weight: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     return (up.to(weight) @ parts.Vh.to(weight)).reshape(weight.shape)
 
 
-def extract(base: torch.Tensor, change: torch.Tensor, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, float]:
-    """(δ (m,) in dtype, ‖ΔW − what δ makes of it‖²_F): the shifts that come nearest to a change ΔW = W' − W.
+def extract(base: torch.Tensor, change: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, float]:
+    """(δ (m,), ‖ΔW − what δ makes of it‖²_F): the shifts that come nearest to a change ΔW = W' − W.
 
+    dtype: of the shifts, float64 by default.
     δ = diag(Uᵀ·W'·V) − σ = diag(Uᵀ·ΔW·V). Where that makes σ + δ negative relu cuts it off at 0, the nearest too.
     """
     parts = spectrum(base)
     A = as_matrix(change).to(parts.U)
     best = ((parts.U.mT @ A) * parts.Vh).sum(1)
-    shifts = best.to(dtype)
+    shifts = best if dtype is None else best.to(dtype)
     gain = gains(parts.S, shifts.double())
     # the part of ΔW off the diagonal of Uᵀ·ΔW·V stays, whatever the shifts are
     off = max(float(torch.linalg.vector_norm(A)) ** 2 - float(best.square().sum()), 0.0)

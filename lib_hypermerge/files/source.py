@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_NUMBERS = {
+    "F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
+    "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B", "BOOL": "<?",
+}  # fmt: skip
 MAX_AXES = 64  # of a torch tensor
 
 
@@ -102,6 +107,16 @@ class TensorFile(ABC):
         raw = torch.empty(span * ITEMSIZE[info.dtype], dtype=torch.uint8)
         self.read_into(info.offset, raw.numpy().data)
         return raw.view(torch_dtype(info.dtype)).as_strided(info.shape, info.stride).contiguous()
+
+
+    def number(self, info: TensorInfo) -> float:
+        """The one value of a tensor; without torch, but for 8-bit floats."""
+        raw = bytearray(info.nbytes)
+        if info.dtype not in _NUMBERS:
+            return float(self.read(info).item())
+        self.read_into(info.offset, memoryview(raw))
+        # a bfloat16 is the upper half of a float32
+        return float(struct.unpack(_NUMBERS[info.dtype], b"\0\0" + raw if info.dtype == "BF16" else raw)[0])
 
 
 class StoredFile(TensorFile):

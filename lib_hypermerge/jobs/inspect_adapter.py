@@ -169,7 +169,7 @@ def _bounded(counts: Counter[str]) -> dict[str, int]:
 def alpha_of(file: AdapterFile, entry: Entry) -> tuple[float | None, float | None]:
     """(alpha, scale) as the file or its configuration gives them."""
     alpha, scale = (
-        file.file.read(entry.parts[part]).item() if part in entry.parts and entry.parts[part].numel == 1 else None
+        file.file.number(entry.parts[part]) if part in entry.parts and entry.parts[part].numel == 1 else None
         for part in (ALPHA, SCALE)
     )
     return (entry.alpha if alpha is None else float(alpha)), (None if scale is None else float(scale))
