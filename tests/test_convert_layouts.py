@@ -173,3 +173,10 @@ def test_numbered_layers_get_names(tmp_path):
     assert all(torch.allclose(made[name], delta) for name, delta in expected.items())
     after = texts(tmp_path / "b.safetensors")
     assert after["ss_session_id"] == "7" and not {"unet", "text_encoder", "unet:0:rank", "<s1>"} & after.keys()
+
+
+def test_only_parts_that_the_lora_has_are_written_and_counted(tmp_path):
+    split = split_lora({"transformer_blocks.3.attn.to_q": WIDTH, "transformer_blocks.3.attn.add_k_proj": WIDTH})
+    report = convert(save(tmp_path / "a.safetensors", split, FLUX), tmp_path / "b", "--to", "peft")
+    assert report["modules"] == 2 and report["written_per_component"] == {"unet": 2}
+    assert len(load(tmp_path / "b" / "transformer" / "adapter_model.safetensors")) == 4

@@ -52,6 +52,15 @@ def test_ranks_that_disagree(tmp_path):
     assert error["code"] == "bad_file" and key.split(".")[0] in error["what"]
 
 
+def test_quantised_factors(tmp_path):
+    tensors = lora("sd15", only=some)
+    key = next(k for k in tensors if k.endswith("lora_up.weight"))
+    tensors[key] = tensors[key].to(torch.int8)
+    error = refusal(save(tmp_path / "a.safetensors", tensors), tmp_path / "b", "--to", "peft")
+    assert error["code"] == "bad_file" and key in error["what"] and "I8" in error["what"]
+    assert not (tmp_path / "b").exists()
+
+
 def test_shapes_that_fit_no_weight(tmp_path):
     base = save_checkpoint(tmp_path / "base.safetensors", base_weights("sd15"))
     tensors = lora("sd15", only=some)

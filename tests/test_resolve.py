@@ -215,12 +215,22 @@ def test_alpha_zero_is_told(made, tmp_path):
         assert lora.warnings == [f"a.safetensors: 1 modules have alpha 0, such as {name}: they change nothing."]
 
 
-def test_a_missing_alpha_is_a_scale_of_one(made, tmp_path):
+def test_a_missing_alpha_is_told_and_a_scale_of_one(made, tmp_path):
     path = save_lora(tmp_path / "a.safetensors", few(made), kohya)
     save_file({key: t for key, t in stored(path).items() if not key.endswith(".alpha")}, path)
     with opened(path, made["sd15"][0]) as lora:
         assert [lora.load(entry).scale for entry, _ in lora.resolution.targets] == [1.0] * 6
-        assert lora.warnings == []
+        (told,) = lora.warnings
+        assert "6 modules have no alpha" in told and "taken to be the rank" in told
+
+
+def test_a_wrong_size_in_a_lora_for_this_architecture_does_not_name_it_as_another(made, tmp_path):
+    def change(tensors, layer):
+        key = f"{layer.module.name}.lora_up.weight"
+        tensors[key] = torch.cat((tensors[key], tensors[key][:1]))
+
+    message = broken(made, tmp_path, change)
+    assert "does not fit" in message and "Choose the kind of checkpoint" in message and "may be for" not in message
 
 
 def test_a_quantised_module_is_refused(made, tmp_path):

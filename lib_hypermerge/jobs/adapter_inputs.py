@@ -15,11 +15,13 @@ from ..adapters.swapped import Swapped
 from ..errors import FormatError, LayoutError
 from ..files.dtypes import FLOATS
 from ..layouts.adapter_file import AdapterFile, Entry, Resolution, Target, open_adapter
+from ..layouts.dialects.parts import KOHYA
 from ..layouts.module import Model
 from ..layouts.reference import reference_model
 from ..layouts.resolve import identify, resolve
 
 _FEW = 3
+_FACTOR = "lora_down.weight"
 _FIRST_LAYERS = {"input_blocks.0.0": 4, "img_in": 64}  # → channels in the plain models
 _SINGLE = frozenset(("alpha", "scale", "on_input"))
 _INTEGERS = _SINGLE | {"bias_indices", "bias_size"}
@@ -77,7 +79,7 @@ def open_lora(path: Path, model: Model) -> LoraInput:
     file = open_adapter(path)
     try:
         resolution = resolve(file, model)
-        out = LoraInput(file, resolution, check_entries(file, resolution))
+        out = LoraInput(file, resolution, check_entries(file, resolution, model.architecture.id))
         out.warnings = _warnings(out)
         return out
     except BaseException:
@@ -85,14 +87,13 @@ def open_lora(path: Path, model: Model) -> LoraInput:
         raise
 
 
-def check_entries(file: AdapterFile, resolution: Resolution) -> dict[str, type[Adapter]]:
+def check_entries(file: AdapterFile, resolution: Resolution, architecture: str) -> dict[str, type[Adapter]]:
     """The family of every module that has a target, by key. FormatError or LayoutError for what cannot be applied.
 
     Of a first layer that the checkpoint has widened, the target becomes its first channels.
     """
     found, misfits = {}, []
     for index, (entry, target) in enumerate(resolution.targets):
-        _check_numbers(file, entry)
         found[entry.key] = family = family_of(file, entry)
         fitting = next((t for t in (target, *_narrower(target)) if family.fits(entry.shapes, t.shape)), None)
         if fitting is None:
@@ -101,7 +102,7 @@ def check_entries(file: AdapterFile, resolution: Resolution) -> dict[str, type[A
             resolution.targets[index] = entry, fitting
     _refuse_twice(file, resolution)
     if misfits:
-        raise _misfit(file, misfits)
+        raise _misfit(file, misfits, architecture)
     return found
 
 
@@ -143,6 +144,7 @@ def _check_numbers(file: AdapterFile, entry: Entry) -> None:
 
 def family_of(file: AdapterFile, entry: Entry) -> type[Adapter]:
     """The family of a module, complete and consistent; the error of one that is not names module and file."""
+    _check_numbers(file, entry)
     try:
         return families.family_of(entry.shapes)
     except FormatError as error:
@@ -151,14 +153,15 @@ def family_of(file: AdapterFile, entry: Entry) -> type[Adapter]:
         ) from None
 
 
-def _misfit(file: AdapterFile, misfits: list[tuple[Entry, Target]]) -> LayoutError:
+def _misfit(file: AdapterFile, misfits: list[tuple[Entry, Target]], wanted: str) -> LayoutError:
     entry, target = misfits[0]
     module = target.module
     parts = ", ".join(f"{part} {list(shape)}" for part, shape in entry.shapes.items())
     layer = list(target.shape)
     more = f" So do {len(misfits) - 1} more." if len(misfits) > 1 else ""
     architecture, _ = identify(file)
-    kind = f"The LoRA may be for {reference_model(architecture).architecture.title}." if architecture else ""
+    other = architecture if architecture != wanted else ""
+    kind = f"The LoRA may be for {reference_model(other).architecture.title}." if other else ""
     return LayoutError(
         f"{entry.key} in {file.file.path.name} does not fit the checkpoint.",
         f"The layer {module.component}.{module.path} is {layer}, the module has {parts}.{more}",
@@ -172,7 +175,7 @@ def _warnings(lora: LoraInput) -> list[str]:
     name = file.file.path.name
     out = [f"{name}: {note}" for note in file.notes]
     if resolution.unmatched:
-        out.append(f"{name}: {_listed(resolution.unmatched, 'module')} no layer of this checkpoint, left out.")
+        out.append(f"{name}: {_listed(resolution.unmatched)} no layer of this checkpoint; left out.")
     for component, keys in resolution.absent.items():
         out.append(f"{name}: {len(keys)} modules are for {component}, which the checkpoint does not bring; left out.")
     if file.unknown:
@@ -181,6 +184,10 @@ def _warnings(lora: LoraInput) -> list[str]:
     zero = [key for key, alpha in alphas.items() if alpha == 0]
     if zero:
         out.append(f"{name}: {len(zero)} modules have alpha 0, such as {zero[0]}: they change nothing.")
+    # the other dialects have no alphas, or a configuration that holds them
+    without = [entry.key for entry, _ in resolution.targets if alphas[entry.key] is None and _FACTOR in entry.parts]
+    if without and file.dialect == KOHYA:
+        out.append(f"{name}: {len(without)} modules have no alpha, such as {without[0]}: it is taken to be the rank.")
     wider = [target for _, target in resolution.targets if target.channels is not None]
     out += [
         f"{name}: {t.module.path} has {replace(t, channels=None).shape[1]} input channels here, {t.channels} of which "
@@ -190,9 +197,9 @@ def _warnings(lora: LoraInput) -> list[str]:
     return out
 
 
-def _listed(keys: list[str], what: str) -> str:
+def _listed(keys: list[str]) -> str:
     shown = ", ".join(keys[:_FEW]) + (f" and {len(keys) - _FEW} more" if len(keys) > _FEW else "")
-    return f"{len(keys)} {what}{'s have' if len(keys) > 1 else ' has'} ({shown})"
+    return f"{len(keys)} modules ({shown}) have" if len(keys) > 1 else f"1 module ({shown}) has"
 
 
 def _alpha(file: AdapterFile, entry: Entry) -> float | None:

@@ -106,7 +106,7 @@ class AdapterPlan:
             "architecture": self.model.title,
             "dialect": self.lora.file.dialect,
             "families": self.lora.counts,
-            "modules": sum(len(unit.outs) for unit in self.units),
+            "modules": sum(len(unit.written) for unit in self.units),
             "computed": len(computed),
             "left_out": sum(len(keys) for keys in self.left_out.values()),
             "expected_bytes": None if self.spec.energy else expected,
@@ -223,4 +223,4 @@ def _shape(plan: AdapterPlan, entry: Entry, family: type[Adapter], target) -> tu
 
 def counts(plan: AdapterPlan) -> dict[str, int]:
     """How many modules of each component are written."""
-    return dict(Counter(unit.module.component for unit in plan.units for _ in unit.outs))
+    return dict(Counter(unit.module.component for unit in plan.units for _ in unit.written))

@@ -30,11 +30,9 @@ def scale_of(tensors: Tensors) -> float:
 def arrange(unit: Unit, made: list[Tensors]) -> tuple[list[tuple[Out, Tensors]], str]:
     """The output's modules from the sources' tensors, and how they were joined, if they were."""
     out, joined = [], ""
-    for wanted in unit.outs:
+    for wanted in unit.written:
         pairs = zip(unit.sources, made, strict=True)
         own = [(s, t) for s, t in pairs if s.start < wanted.stop and wanted.start < s.stop]
-        if not own:
-            continue
         source, tensors = own[0]
         if len(own) == 1 and (source.start, source.stop) == (wanted.start, wanted.stop):
             turned = source.swapped != wanted.swapped

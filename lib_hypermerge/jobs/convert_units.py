@@ -57,6 +57,11 @@ class Unit:
         return sum(math.prod(source.shape) for source in self.sources)
 
     @property
+    def written(self) -> list[Out]:
+        """The outputs that a source has rows of; a LoRA need not have all parts of a fused layer."""
+        return [out for out in self.outs if any(s.start < out.stop and out.start < s.stop for s in self.sources)]
+
+    @property
     def is_one_to_one(self) -> bool:
         ours = [(source.start, source.stop) for source in self.sources]
         theirs = [(out.start, out.stop) for out in self.outs]
