@@ -11,7 +11,7 @@ from .jobs.spec import CHOICE, CHOICES, FILES, FLAG, INTEGER, LORAS, NUMBER, Par
 
 _BLOCKS = "blocks"
 _BLOCKS_HELP = (
-    "Block weights of the LoRAs: a preset, 12, 17, 20 or 26 numbers, or ranges such as IN00-IN05=0.5,OUT=1. "
+    "Block weights of the LoRAs: a preset, 12, 17, 20, 26 or (Flux) 61 numbers, or ranges such as IN00-IN05=0.5,OUT=1. "
     "Once for all LoRAs, or once for each, in their order."
 )
 

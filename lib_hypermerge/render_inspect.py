@@ -123,7 +123,7 @@ def _host(host: dict[str, Any]) -> str:
         "refused": f"refuses the file: {host['why']}",
         "not listed": f"does not list it: {host['why']}",
     }[host["verdict"]]
-    return says + ("" if host["verdict"] == "not listed" else f"; shown in the group {host['group']}")
+    return says if host["verdict"] == "not listed" else says.rstrip(".") + f"; shown in the group {host['group']}"
 
 
 def _measured(measured: dict[str, Any]) -> list[tuple[str, str]]:

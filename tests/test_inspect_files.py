@@ -94,6 +94,8 @@ def test_a_checkpoint_s_numbers_are_read_on_request(tmp_path, monkeypatch):
         ("sd21", {"first_stage_model.encoder.conv_in.weight": None, "first_stage_model.encoder.conv_in.bias": None},
          ".ckpt", ("loads", "choose a file for: VAE"), ("loads", "choose a file for: VAE")),
         ("flux_dev", {}, ".safetensors", ("refused", "does not know Flux"), ("loads", "text encoder")),
+        ("sd3_medium", {}, ".safetensors", ("loads", "fetches by itself: text encoder 1"), ("loads", "choose a file")),
+        ("sd35_large", {}, ".safetensors", ("refused", "Stable Diffusion 3.5 large"), ("loads", "")),
     ],
 )  # fmt: skip
 def test_whether_hosts_load_a_checkpoint(tmp_path, family, change, suffix, a1111, forge):

@@ -45,8 +45,9 @@ PRESETS = ("ALL", "NONE", "ALL0.5", *_PRESETS)
 _ITEM = re.compile(r"([A-Za-z]+\d*)(?:\s*-\s*([A-Za-z]+\d*))?\s*[=:]\s*(\S+)")
 _ALIASES = {"M00": "MID", "TE": BASE, "CLIP": BASE}
 _HELP = (
-    "Write 12 or 20 numbers for SDXL, 17 or 26 for SD1 and SD2, a preset "
-    f"({', '.join(PRESETS)}), or ranges such as IN00-IN05=0.5, MID=0, default=1."
+    "Write 12 or 20 numbers for SDXL, 17 or 26 for SD1 and SD2, 61 for Flux, a preset "
+    f"({', '.join(PRESETS)}), or ranges such as IN00-IN05=0.5, MID=0, default=1 (D00-D18 and S00-S37 of Flux, "
+    "J00-J23 of SD3)."
 )
 
 

@@ -99,14 +99,18 @@ def checkpoint_hosts(model: Model, path: Path, markers: Collection[str]) -> dict
     refusal = ""
     if model.architecture.id not in inspect_a1111.KNOWN:
         refusal = f"It does not know {model.architecture.title}."
+    elif model.architecture.id == "sd3" and model.variant.startswith("3.5"):
+        refusal = f"It builds every SD3 as medium, and does not know {model.title}."
     elif not any(name.startswith(_UNET) for name in model.file.tensors):
         refusal = f"It looks for the network under {_UNET} alone."
     missing = [table.title for table in model.architecture.components if table.id not in model.components]
-    todo = [f"choose a file for: {', '.join([*missing, *([] if model.vae else ['VAE'])])}"]
-    todo = todo if missing or not model.vae else []
+    vae = [] if model.vae else ["VAE"]
+    own, todo = _files_for([*missing, *vae]), _files_for([*missing, *vae])
+    if missing and model.architecture.id == "sd3":
+        own = [f"it fetches by itself: {', '.join(missing)} (T5 if its settings ask for it)", *_files_for(vae)]
     deaf = [f"it takes no notice of {' and '.join(markers)}: set that yourself"] if markers else []
     hosts = {
-        "a1111": (inspect_a1111.TITLE, refusal, [*todo, *deaf]),
+        "a1111": (inspect_a1111.TITLE, refusal, [*own, *deaf]),
         "forge": (inspect_forge.TITLE, "", todo),
     }
     return {
@@ -118,3 +122,7 @@ def checkpoint_hosts(model: Model, path: Path, markers: Collection[str]) -> dict
         }
         for host, (title, why, notes) in hosts.items()
     }
+
+
+def _files_for(parts: list[str]) -> list[str]:
+    return [f"choose a file for: {', '.join(parts)}"] if parts else []
