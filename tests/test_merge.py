@@ -133,6 +133,8 @@ def test_the_source_is_carried_over_and_named(checkpoint, tmp_path):
     assert "modelspec.hash_sha256" not in metadata
     recipe = json.loads(metadata["hypermerge"])
     assert [parent["name"] for parent in recipe["parents"]] == ["model.safetensors", "lora.safetensors"]
+    assert recipe["parameters"]["loras"][0]["lora"] == "lora.safetensors"
+    assert not any(str(folder) in text for text in metadata.values() for folder in (tmp_path, path.parent))
     assert recipe["parameters"]["loras"][0]["weight"] == 1.0
     assert json.loads(metadata["sd_merge_recipe"])["type"] == "hypermerge"
     assert (report["changed_tensors"], report["modules"]) == (1, 1)

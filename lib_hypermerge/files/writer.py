@@ -61,7 +61,7 @@ def check_target(path: Path, needed_bytes: int, overwrite: bool) -> None:
         raise OutputError(
             f"The disk is too full for {path.name}.",
             f"It needs about {needed_bytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free in {folder}.",
-            "Free some space, lower the rank, or choose another folder.",
+            "Free some space, or choose another folder.",
         )
 
 

@@ -25,8 +25,11 @@ def merged_metadata(spec: MergeSpec, model: Model, loras: list[LoraInput], name:
         parents.append(_parent("lora", lora.path.name, lora.file.file.size))
         if digest := lora.file.metadata.get("sshs_model_hash"):
             parents[-1]["sshs_model_hash"] = digest
-    parameters = {key: value for key, value in spec.to_json().items() if key not in ("out", "overwrite")}
-    parameters["loras"] = [asdict(lora) for lora in spec.loras]
+    # names only: where somebody's files lie is nobody else's business
+    parameters = {key: value for key, value in spec.to_json().items() if key not in ("checkpoint", "out", "overwrite")}
+    parameters["loras"] = [
+        {**asdict(item), "lora": lora.path.name} for item, lora in zip(spec.loras, loras, strict=True)
+    ]
     recipe = {"version": __version__, "job": "merge", "parameters": parameters, "parents": parents}
     if "modelspec.title" in metadata:
         metadata["modelspec.title"] = name
