@@ -208,6 +208,8 @@ def test_numbers_that_are_none_are_named(models, tmp_path, where):
     )  # fmt: skip
     assert "NaN or Inf" in said
     assert where == "overflow" or ATTENTION in said
+    blamed = {"checkpoint": "in model.safetensors is damaged", "lora": "in lora.safetensors is damaged"}
+    assert blamed.get(where, "too large for the number format") in said
 
 
 def test_interrupted_it_leaves_nothing(models, tmp_path):

@@ -37,12 +37,20 @@ def merged_weights(plan: MergePlan, host: Host, context: Context) -> Iterator[tu
     for info, rows in map_in_order(work, _pieces(plan), workers, threads, context.check):
         if rows is None:
             plan.check_unchanged()
-            raise NumericalError(
-                f"{info.name} holds NaN or Inf, or does so once merged.",
-                "A file is damaged, or a weight is too large for the number format.",
-                "Get sound copies, lower the weights, or choose fp32.",
-            )
+            raise _not_finite(plan, info)
         yield info, rows
+
+
+def _not_finite(plan: MergePlan, info: TensorInfo) -> NumericalError:
+    """Which file it comes from, if one has such numbers itself."""
+    what = f"{info.name} holds NaN or Inf, or does so once merged."
+    parts = [(step.lora.file.file, part) for step in plan.steps[info.name] for part in step.entry.parts.values()]
+    for file, tensor in [(plan.model.file, info), *parts]:
+        if not file.read(tensor).float().isfinite().all():
+            return NumericalError(what, f"{tensor.name} in {file.path.name} is damaged.", "Get a sound copy.")
+    return NumericalError(
+        what, "Its numbers become too large for the number format.", "Lower the weights, or choose fp32."
+    )
 
 
 def _pieces(plan: MergePlan) -> Iterator[tuple[TensorMerge, int, int]]:
