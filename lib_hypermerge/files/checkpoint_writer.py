@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import queue
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +39,24 @@ class TensorPlan:
         for axis in self.shape:
             size *= axis
         return size
+
+
+@lru_cache(maxsize=1)
+def _sync_file_range() -> Callable[..., int] | None:
+    """Linux' call of that name; Python has none for it, and no other begins to write without waiting."""
+    if not sys.platform.startswith("linux"):
+        return None
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
+
+
+def _begin_writing(fd: int, start: int, size: int) -> None:
+    """Ask the system to begin to write a part of a file to the disk. Whether it does matters for speed alone."""
+    call = _sync_file_range()
+    if call is not None:
+        call(fd, start, size, 2)  # SYNC_FILE_RANGE_WRITE
 
 
 def header_of(tensors: Mapping[str, TensorPlan], metadata: dict[str, str]) -> bytes:
@@ -102,15 +123,14 @@ class CheckpointWriter(SafetensorsWriter):
 
     def _hash(self) -> None:
         """Hash what was written; tell the disk to begin with it. Goes on after a failure, so that nobody waits."""
-        pending = 0
+        begun = done = 0
         while (raw := self._queue.get()) is not _ENDED:
             try:
                 self._whole.update(raw)
-                pending += raw.nbytes
-                if pending >= _FLUSH_EVERY and hasattr(os, "posix_fadvise"):
-                    # on Linux this starts writing back and drops only what is already on the disk
-                    os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                    pending = 0
+                done += raw.nbytes
+                if done - begun >= _FLUSH_EVERY:
+                    _begin_writing(self._fd, begun, done - begun)
+                    begun = done
             except BaseException as error:
                 self._failure = error
 
