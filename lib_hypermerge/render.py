@@ -66,6 +66,8 @@ def _merge(report: Report) -> list[str]:
         + (f", {lora['unmatched']} unmatched" if lora["unmatched"] else "")
         for lora in d["loras"]
     ]
+    if d["skipped_because"]:
+        lines.append(f"modules left out: {counts(d['skipped_because'])}")
     if d["unreachable_tensors"]:
         lines.append(f"unmatched: {', '.join(d['unreachable_tensors'][:5])}{_more(d['unreachable_tensors'], 5)}")
     return lines

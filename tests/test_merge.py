@@ -140,6 +140,17 @@ def test_the_source_is_carried_over_and_named(checkpoint, tmp_path):
     assert (report["changed_tensors"], report["modules"]) == (1, 1)
 
 
+def test_a_merge_of_merges_keeps_its_ancestry(checkpoint, tmp_path):
+    path = checkpoint("sd15")
+    shapes = {key: tuple(tensor.shape) for key, tensor in load_file(path).items()}
+    write_lora(tmp_path / "l.safetensors", [x for x in reachable(path) if x[1] == ATTENTION], shapes, "lora")
+    merge("--checkpoint", path, "--lora", tmp_path / "l.safetensors", "--out", tmp_path / "a")
+    merge("--checkpoint", tmp_path / "a.safetensors", "--lora", tmp_path / "l.safetensors", "--out", tmp_path / "b")
+    with safe_open(tmp_path / "b.safetensors", "pt") as merged:
+        recipe = json.loads(merged.metadata()["hypermerge"])
+    assert [parent["name"] for parent in recipe["parents"][0]["made"]["parents"]] == [path.name, "l.safetensors"]
+
+
 def test_loras_are_applied_one_after_another(checkpoint, tmp_path):
     path, out = checkpoint("sd15"), tmp_path / "out.safetensors"
     weights = load_file(path)

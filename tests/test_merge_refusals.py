@@ -134,8 +134,9 @@ def test_alpha_missing_is_one_and_alpha_zero_is_told(models, tmp_path):
         result = run_cli(["merge", "--quiet", "--json", "--checkpoint", models / "sd15.safetensors", "--lora", bad,
                           "--out", tmp_path / name])  # fmt: skip
         assert result.returncode == 0
-        told = any("alpha 0" in warning for warning in last_json(result)["warnings"])
-        assert told == (name == "zero")
+        report = last_json(result)
+        assert any("alpha 0" in warning for warning in report["warnings"]) == (name == "zero")
+        assert report["skipped_because"] == ({"alpha 0": 1} if name == "zero" else {})
     none, rank, zero = (load_file(tmp_path / f"{name}.safetensors")[ATTENTION] for name in ("none", "rank", "zero"))
     assert torch.equal(none, rank)
     assert torch.equal(zero, load_file(models / "sd15.safetensors")[ATTENTION])

@@ -24,6 +24,7 @@ _FEW = 3
 _FACTOR = "lora_down.weight"
 _FIRST_LAYERS = {"input_blocks.0.0": 4, "img_in": 64}  # → channels in the plain models
 _SINGLE = frozenset(("alpha", "scale", "on_input"))
+_SCALED = frozenset(("lora", "loha", "lokr", "glora"))
 _INTEGERS = _SINGLE | {"bias_indices", "bias_size"}
 
 
@@ -34,6 +35,7 @@ class LoraInput:
     file: AdapterFile
     resolution: Resolution
     families: dict[str, type[Adapter]] = field(default_factory=dict)
+    idle: set[str] = field(default_factory=set)  # keys of modules that change nothing: their alpha is 0
     warnings: list[str] = field(default_factory=list)
 
     def close(self) -> None:
@@ -181,9 +183,9 @@ def _warnings(lora: LoraInput) -> list[str]:
     if file.unknown:
         out.append(f"{name}: {len(file.unknown)} tensors are part of no module, such as {file.unknown[0]}; left out.")
     alphas = {entry.key: _alpha(file, entry) for entry, _ in resolution.targets}
-    zero = [key for key, alpha in alphas.items() if alpha == 0]
-    if zero:
-        out.append(f"{name}: {len(zero)} modules have alpha 0, such as {zero[0]}: they change nothing.")
+    lora.idle = {key for key, alpha in alphas.items() if alpha == 0 and _is_scaled(lora, file.entries[key])}
+    if lora.idle:
+        out.append(f"{name}: {len(lora.idle)} modules have alpha 0, such as {min(lora.idle)}: they change nothing.")
     # the other dialects have no alphas, or a configuration that holds them
     without = [entry.key for entry, _ in resolution.targets if alphas[entry.key] is None and _FACTOR in entry.parts]
     if without and file.dialect == KOHYA:
@@ -195,6 +197,12 @@ def _warnings(lora: LoraInput) -> list[str]:
         for t in wider
     ]  # fmt: skip
     return out
+
+
+def _is_scaled(lora: LoraInput, entry: Entry) -> bool:
+    """Whether alpha / rank multiplies the whole change; to OFT alpha is a bound, DoRA's magnitudes stand beside it."""
+    family = lora.families[entry.key]
+    return family.family in _SCALED and family.rank(entry.shapes) is not None
 
 
 def _listed(keys: list[str]) -> str:

@@ -69,7 +69,7 @@ def run(plan: MergePlan, host: Host, context: Context) -> Report:
     written = _write(plan, host, context)
     output = Output(str(written.path), written.bytes, written.sha256)
     return Report(
-        "merge", [output], None, sum(plan.applied.values()), plan.zeroed, plan.unmatched, list(plan.warnings),
+        "merge", [output], None, sum(plan.applied.values()), plan.zeroed.total(), plan.unmatched, list(plan.warnings),
         time.perf_counter() - plan.begun, details_of(plan),
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ def details_of(plan: MergePlan) -> dict[str, Any]:
         "loras": [_lora_json(lora) for lora in plan.loras],
         "changed_tensors": len(plan.steps),
         "carried_tensors": len(plan.tensors) - len(plan.steps),
-        "skipped_because": {"weight 0": plan.zeroed},
+        "skipped_because": dict(plan.zeroed),
         "unreachable_tensors": [key for lora in plan.loras for key in lora.resolution.unmatched][:50],
         "checkpoint": plan.output.name,
         "device": "cpu",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from typing import Any
 
 from .. import __version__
+from ..files.source import TensorFile
 from ..layouts.module import Model
 from .adapter_inputs import LoraInput
 from .merge_spec import MergeSpec
@@ -20,11 +22,7 @@ def merged_metadata(spec: MergeSpec, model: Model, loras: list[LoraInput], name:
     ModelSpec; no date, so equal inputs give equal files."""
     metadata = {key: text for key, text in model.file.metadata.items() if key not in _STALE}
     metadata.setdefault("format", "pt")
-    parents = [_parent("checkpoint", model.file.path.name, model.file.size)]
-    for lora in loras:
-        parents.append(_parent("lora", lora.path.name, lora.file.file.size))
-        if digest := lora.file.metadata.get("sshs_model_hash"):
-            parents[-1]["sshs_model_hash"] = digest
+    parents = [_parent("checkpoint", model.file), *(_parent("lora", lora.file.file) for lora in loras)]
     # names only: where somebody's files lie is nobody else's business
     parameters = {key: value for key, value in spec.to_json().items() if key not in ("checkpoint", "out", "overwrite")}
     parameters["loras"] = [
@@ -39,5 +37,11 @@ def merged_metadata(spec: MergeSpec, model: Model, loras: list[LoraInput], name:
     return metadata
 
 
-def _parent(role: str, name: str, size: int) -> dict[str, Any]:
-    return {"role": role, "name": name, "bytes": size}
+def _parent(role: str, file: TensorFile) -> dict[str, Any]:
+    """A file that went in: what it is called, what it says of its data, and how it was made if it says so."""
+    parent: dict[str, Any] = {"role": role, "name": file.path.name, "bytes": file.size}
+    if digest := file.metadata.get("sshs_model_hash"):
+        parent["sshs_model_hash"] = digest
+    with contextlib.suppress(KeyError, ValueError, RecursionError):  # somebody else's text under our name
+        parent["made"] = json.loads(file.metadata["hypermerge"])
+    return parent

@@ -69,7 +69,7 @@ class MergePlan:
     tensors: dict[str, TensorPlan] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     applied: Counter[str] = field(default_factory=Counter)  # modules by component
-    zeroed: int = 0  # modules whose weight is 0
+    zeroed: Counter[str] = field(default_factory=Counter)  # modules that add nothing, by reason
     homeless_biases: int = 0
     warnings: list[str] = field(default_factory=list)
     begun: float = field(default_factory=time.perf_counter)
@@ -123,7 +123,7 @@ class MergePlan:
             "blocks": len(block_weights.blocks_of(self.model.architecture.id)),
             "modules": sum(self.applied.values()),
             "components": dict(self.applied),
-            "left_out": self.zeroed,
+            "left_out": self.zeroed.total(),
             "unmatched": self.unmatched,
             "expected_bytes": self.bytes,
             "most_bytes": self.bytes,
@@ -194,8 +194,8 @@ def _add_steps(plan: MergePlan, lora: LoraInput, item: WeightedLora) -> None:
         module = target.module
         strength = item.weight if module.component == "unet" else te_weight
         strength *= weights.of(module.component, module.block)
-        if strength == 0:
-            plan.zeroed += 1
+        if strength == 0 or entry.key in lora.idle:
+            plan.zeroed["weight 0" if strength == 0 else "alpha 0"] += 1
             continue
         plan.applied[module.component] += 1
         if module.weight is not None and set(entry.shapes) - _BIAS_PARTS:
@@ -272,4 +272,4 @@ def _gather_warnings(plan: MergePlan) -> None:
             f"{plan.homeless_biases} modules change a bias that their layer does not have; it was left out."
         )
     if not plan.steps:
-        plan.warnings.append("Every weight is 0: the result is a copy of the checkpoint.")
+        plan.warnings.append("Every weight or alpha is 0: the result is a copy of the checkpoint.")

@@ -144,7 +144,7 @@ def run(plan: TrialPlan, host: TrialHost, context: Context) -> Report:
     host.trial = trial
     merge = plan.merge
     return Report(
-        TRY, [], None, sum(merge.applied.values()), merge.zeroed, merge.unmatched, list(merge.warnings),
+        TRY, [], None, sum(merge.applied.values()), merge.zeroed.total(), merge.unmatched, list(merge.warnings),
         time.perf_counter() - merge.begun, details_of(merge),
     )  # fmt: skip
 
