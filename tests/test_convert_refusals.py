@@ -162,9 +162,59 @@ def test_an_input_that_changes_meanwhile(tmp_path, source, to, monkeypatch):
 
 def test_a_number_too_large_for_the_format(tmp_path):
     tensors = lora("sd15", only=some, dtype=torch.float32)
-    tensors[next(iter(tensors))].fill_(1e6)
+    key = next(iter(tensors))
+    tensors[key].fill_(1e6)
     result = run_cli(arguments(save(tmp_path / "a.safetensors", tensors), tmp_path / "o", "--dtype", "fp16"))
-    assert result.returncode == 1 and last_json(result)["error"]["code"] == "numerical"
+    error = last_json(result)["error"]
+    assert result.returncode == 1 and error["code"] == "numerical"
+    assert error["what"].startswith(key) and "Keep the number format" in error["hint"] and "fp32" in error["hint"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_change_that_is_computed_and_too_large_for_the_format(tmp_path):
+    tensors = lora("sd15", only=lambda m: some(m) and "attn1" in m.path, dtype=torch.float32, alpha=lambda i: 4.0)
+    key = next(iter(tensors)).split(".")[0]
+    tensors[f"{key}.alpha"].fill_(1e15)
+    source = save(tmp_path / "a.safetensors", tensors)
+    result = run_cli(arguments(source, tmp_path / "o", "--family", "lora", "--rank", 2, "--dtype", "fp16"))
+    error = last_json(result)["error"]
+    assert result.returncode == 1 and error["code"] == "numerical" and key in error["what"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_an_alpha_that_does_not_fold_into_the_format(tmp_path):
+    tensors = lora("sd15", only=some, alpha=lambda i: 4e6 if i == 0 else 4.0)
+    source = save(tmp_path / "a.safetensors", tensors)
+    result = run_cli(arguments(source, tmp_path / "o", "--to", "diffusers", "--dtype", "fp16"))
+    error = last_json(result)["error"]
+    assert result.returncode == 1 and error["code"] == "numerical" and error["what"].startswith("unet.")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
+def test_what_is_not_a_number_is_carried_and_told(tmp_path, to):
+    """Of a layer, and in kohya's dialect of a module that no layer answers to."""
+    tensors = lora("sd15", only=some)
+    keys = [k for k in tensors if k.endswith("lora_up.weight")]
+    tensors[keys[0]][0, 0], tensors[keys[1]][1, 1] = torch.nan, torch.inf
+    odd = {f"lora_unet_odd.lora_{end}.weight": torch.full((2, 2), torch.nan) for end in ("up", "down")}
+    more = odd if to == "kohya" else {}
+    answer = convert(save(tmp_path / "a.safetensors", tensors | more), tmp_path / "b", "--to", to)
+    wanted = sorted([k.split(".")[0] for k in keys[:2]] + (["lora_unet_odd"] if more else []))
+    assert answer["strange"] == len(wanted)
+    told = f"{len(wanted)} modules hold NaN or Inf, as they did before, such as {', '.join(wanted)}."
+    assert told in answer["warnings"]
+
+
+def test_what_is_not_a_number_is_no_lora_to_compute_with(tmp_path):
+    tensors = lora("sd15", only=some)
+    key = next(k for k in tensors if k.endswith("lora_up.weight"))
+    tensors[key][0, 0] = torch.inf
+    source = save(tmp_path / "a.safetensors", tensors)
+    for more in ([], ["--rank", 2]):
+        result = run_cli(arguments(source, tmp_path / "o", "--family", "lora", *more))
+        error = last_json(result)["error"]
+        assert result.returncode == 1 and error["code"] == "numerical" and key.split(".")[0] in error["what"]
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 

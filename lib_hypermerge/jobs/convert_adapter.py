@@ -43,9 +43,12 @@ def run(plan: AdapterPlan, host: Host, context: Context) -> Report:
                 sums[1] += made.energy
             methods.update(made.methods)
             joined.update([made.joined] if made.joined else [])
+            tally.strange += made.strange
             context.progress(0.98 * done / len(plan.units), f"{unit.module.component} {unit.module.path}")
         for entry in plan.verbatim:
-            sink.add(Out(entry.key, 0, 0), None, work.verbatim(entry))
+            tensors, finite = work.verbatim(entry)
+            tally.strange += [] if finite else [entry.key]
+            sink.add(Out(entry.key, 0, 0), None, tensors)
         plan.lora.file.file.check_unchanged()
         if plan.has_weights:
             plan.model.file.check_unchanged()
@@ -66,6 +69,7 @@ def run(plan: AdapterPlan, host: Host, context: Context) -> Report:
         "joined": dict(joined),
         "padded": tally.padded,
         "inexact": tally.inexact,
+        "strange": len(tally.strange),
         "ranks": {str(r): n for r, n in sorted(Counter([*tally.ranks.values(), *tally.conv_ranks.values()]).items())},
         "components": measures.by_component() if measures.energy > 0 else {},
         "folder": str(plan.output) if len(written) > 1 or plan.output.suffix != ".safetensors" else "",
@@ -85,6 +89,9 @@ def run(plan: AdapterPlan, host: Host, context: Context) -> Report:
 
 def _warnings(tally: Tally, joined: Counter[str]) -> list[str]:
     out = []
+    if tally.strange:
+        shown = ", ".join(sorted(tally.strange)[:3])
+        out.append(f"{len(tally.strange)} modules hold NaN or Inf, as they did before, such as {shown}.")
     if tally.widened:
         out.append("All numbers became float32, so that the way back gives the very 16-bit numbers: diffusers has no "
                    "alphas, and these do not fold into up exactly.")  # fmt: skip

@@ -17,8 +17,10 @@ from ..algebra import rank as rank_rules
 from ..algebra.lowrank import Factors, Matrix, decompose, factorise
 from ..errors import NumericalError
 from ..files.dtypes import OUTPUT_DTYPES, torch_dtype
+from ..layouts.adapter_file import Entry
 from ..layouts.dialects import parts
 from . import convert_rules, convert_seams
+from .convert_checkpoint import is_finite
 from .convert_plan import AdapterPlan
 from .convert_restore import ALPHA, Tensors, restored
 from .convert_spec import KEEP, KOHYA
@@ -30,7 +32,10 @@ _ONE_RATIO = 1e-6  # of float32 magnitudes
 
 @dataclass
 class Made:
-    """What came of a layer. error2, energy: of the change, where something was computed.  methods: one per source."""
+    """What came of a layer. error2, energy: of the change, where something was computed.  methods: one per source.
+
+    strange: keys of modules that hold NaN or Inf.
+    """
 
     unit: Unit
     outputs: list[tuple[Out, Tensors]] = field(default_factory=list)
@@ -38,6 +43,7 @@ class Made:
     energy: float = 0.0
     methods: list[str] = field(default_factory=list)
     joined: str = ""  # how sources became one module
+    strange: list[str] = field(default_factory=list)
 
 
 class ModuleWork:
@@ -53,17 +59,30 @@ class ModuleWork:
         out, made = Made(unit), []
         for source in unit.sources:
             tensors, known = self._read(unit, source)
-            if unit.how == PLAIN:
-                tensors = self._plain(unit, source, tensors, out)
-            elif unit.how == AXIS and convert_rules.axis_of(source) is not None:
-                tensors = self._axis(unit, source, tensors, out)
+            computed = unit.how == PLAIN or (unit.how == AXIS and convert_rules.turns(source, self.spec))
+            if not _are_finite(tensors):
+                if computed:
+                    raise _damaged(source)
+                out.strange.append(source.entry.key)
+            if computed:
+                tensors = self._computed(unit, source, tensors, out)
             made.append(self._told(source, tensors, known and unit.how == CARRY))
         out.outputs, out.joined = convert_seams.arrange(unit, made)
         return out
 
-    def verbatim(self, entry) -> Tensors:
-        """A module that no layer answers to."""
-        return {part: self._cast(self.file.file.read(info), part) for part, info in entry.parts.items()}
+    def _computed(self, unit: Unit, source: Source, tensors: Tensors, out: Made) -> Tensors:
+        """A plain LoRA, or magnitudes along the other axis. Raises NumericalError that names the module."""
+        try:
+            return (self._plain if unit.how == PLAIN else self._axis)(unit, source, tensors, out)
+        except NumericalError as error:
+            if source.entry.key in error.what:
+                raise
+            raise NumericalError(f"{source.entry.key}: {error.what}", error.why, error.hint) from None
+
+    def verbatim(self, entry: Entry) -> tuple[Tensors, bool]:
+        """A module that no layer answers to, and whether all its numbers are finite."""
+        tensors = {part: self._cast(self.file.file.read(info), entry, part) for part, info in entry.parts.items()}
+        return tensors, _are_finite(tensors)
 
     # --- reading --------------------------------------------------------------------------------------------------
 
@@ -75,20 +94,20 @@ class ModuleWork:
         kind = None if name is None else self.plan.notes.kinds.get(name)
         before = restored(tensors, kind, source.entry.alpha)
         known = before is not tensors or self.file.dialect in _KOHYA_LIKE
-        out = {part: self._cast(tensor, part) for part, tensor in before.items()}
+        out = {part: self._cast(tensor, source.entry, part) for part, tensor in before.items()}
         if convert_rules.axis_of(source) == dora.OUTPUT:  # as kohya's files have them, whatever the dialect
             name = next(name for name in MAGNITUDES if name in out)
             out[SCALE] = out.pop(name).reshape(-1, *[1] * (max(2, len(source.shape)) - 1))
         return out, known
 
-    def _cast(self, tensor: torch.Tensor, part: str) -> torch.Tensor:
+    def _cast(self, tensor: torch.Tensor, entry: Entry, part: str) -> torch.Tensor:
         if self.dtype is None or not tensor.is_floating_point() or part in (ALPHA, "scale"):
             return tensor
         out = tensor.to(self.dtype)
-        if not out.isfinite().all() and tensor.float().isfinite().all():
+        if not is_finite(out) and is_finite(tensor):
             raise NumericalError(
-                f"{part} of a module does not fit the number format {self.spec.dtype}.",
-                "Its largest numbers overflow.", "Choose bf16 or fp32.",
+                f"{entry.key}.{part} does not fit the number format {self.spec.dtype}.",
+                "Its largest numbers overflow.", "Keep the number format, or choose bf16 or fp32.",
             )  # fmt: skip
         return out
 
@@ -175,8 +194,6 @@ class ModuleWork:
         adapter = self._adapter(source, tensors)
         assert isinstance(adapter, Dora)
         magnitudes = next(tensors[name] for name in MAGNITUDES if name in tensors)
-        if convert_rules.axis_of(source) == axis:
-            return tensors
         W = self._weight(unit, source, torch.float64)
         goal = W + adapter.change(W)
         inner = {k: v for k, v in tensors.items() if k not in MAGNITUDES}
@@ -211,14 +228,22 @@ def _missed(goal: torch.Tensor, V: torch.Tensor, magnitudes: torch.Tensor, axis:
     return float((dora.recompose(V, magnitudes.to(V.dtype), axis) - goal).square().sum())
 
 
+def _are_finite(tensors: Tensors) -> bool:
+    return all(is_finite(tensor) for tensor in tensors.values() if tensor.is_floating_point())
+
+
+def _damaged(source: Source) -> NumericalError:
+    return NumericalError(
+        f"{source.entry.key} holds NaN or Inf, or makes them.", "The LoRA or the checkpoint is damaged.",
+        "Get a sound copy.",
+    )  # fmt: skip
+
+
 def _matrix(change: torch.Tensor, source: Source) -> Matrix:
     A = change.flatten(1).float()
     energy = float(A.double().square().sum())
     if not math.isfinite(energy):
-        raise NumericalError(
-            f"{source.entry.key} holds NaN or Inf, or makes them.", "The LoRA or the checkpoint is damaged.",
-            "Get a sound copy.",
-        )  # fmt: skip
+        raise _damaged(source)
     return Matrix(A, energy)
 
 

@@ -52,7 +52,7 @@ def units_of(plan: AdapterPlan, module: Module, sources: list[Source], outs: lis
     how = CARRY
     if spec.family != KEEP and not any(_is_carried(source, module) for source in sources):
         how = PLAIN
-    elif spec.dora_axis != KEEP and any(_turns(source, spec) for source in sources):
+    elif spec.dora_axis != KEEP and any(turns(source, spec) for source in sources):
         how = AXIS
     return [Unit(module, tuple(sources), tuple(outs), how)]
 
@@ -82,7 +82,8 @@ def axis_of(source: Source) -> int | None:
     return cast(type[Dora], source.family).axis(source.entry.shapes, source.shape)
 
 
-def _turns(source: Source, spec: ConvertSpec) -> bool:
+def turns(source: Source, spec: ConvertSpec) -> bool:
+    """Whether a DoRA's magnitudes stand along the other axis than is asked for."""
     axis = axis_of(source)
     return axis is not None and axis != _AXES[spec.dora_axis]
 

@@ -15,6 +15,7 @@ import torch
 from ..adapters.dora import SCALE as MAGNITUDES
 from ..adapters.lora import DOWN, UP
 from ..algebra import folding
+from ..errors import NumericalError
 from ..files.folder_writer import FolderWriter
 from ..files.metadata import with_hashes
 from ..files.writer import SafetensorsWriter, Written, header_bytes
@@ -37,7 +38,10 @@ _TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 @dataclass
 class Tally:
-    """What the report tells. inexact: modules whose alpha could be folded into up only by rounding."""
+    """What the report tells. inexact: modules whose alpha could be folded into up only by rounding.
+
+    strange: keys of modules that hold NaN or Inf.
+    """
 
     modules: int = 0
     inexact: int = 0
@@ -45,6 +49,7 @@ class Tally:
     widened: bool = False
     ranks: dict[str, int] = field(default_factory=dict)
     conv_ranks: dict[str, int] = field(default_factory=dict)
+    strange: list[str] = field(default_factory=list)
 
     def count(self, name: str, module: Module | None, tensors: Tensors) -> None:
         self.modules += 1
@@ -172,8 +177,13 @@ class _DiffusersFile:
 
 def _scaled(item: tuple[Out, Module | None, Tensors], rank: int, dtype: torch.dtype) -> Tensors:
     """A module's factors with a scale of 1, filled up with zeros to a rank."""
-    _, module, tensors = item
+    out, module, tensors = item
     up, down = _shaped(folding.fold(tensors[UP], scale_of(tensors), dtype), tensors[DOWN].to(dtype), module)
+    if not up.isfinite().all() and tensors[UP].isfinite().all():
+        raise NumericalError(
+            f"{out.name}: alpha / rank times up does not fit the number format {str(dtype).removeprefix('torch.')}.",
+            "Its largest numbers overflow.", "Choose fp32, or a dialect that has alphas.",
+        )  # fmt: skip
     more = rank - len(down)
     if more:
         up = torch.cat((up, up.new_zeros(len(up), more, *up.shape[2:])), 1)
