@@ -19,11 +19,19 @@ from .unpickle import Decoder, TensorRef
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_PICKLE = 256 << 20
+_PARAMS = "string_to_param"
 _MAX_EXPANDED = 1 << 30  # bytes of a tensor that repeats its numbers by strides of 0
+
+
+def _is_embedding(root) -> bool:
+    """Whether it is AUTOMATIC1111's embedding: vectors by word, beside token numbers and what it was trained on."""
+    return isinstance(root, dict) and isinstance(root.get(_PARAMS), dict)
 
 
 def _tensors_in(root) -> dict[str, TensorRef]:
     """The state dict in what a pickle holds: under `state_dict`, at the top, or one level down; a list by number."""
+    if _is_embedding(root):
+        root = {f"{_PARAMS}.{word}": value for word, value in root[_PARAMS].items()}
     candidates = []
     if isinstance(root, (list, tuple)):
         candidates = [dict(enumerate(root))]
@@ -35,6 +43,16 @@ def _tensors_in(root) -> dict[str, TensorRef]:
     return max(tables, key=len, default={})
 
 
+def _besides(root, tensors: dict[str, TensorRef]) -> tuple[str, ...]:
+    """The names of what lies at the top of a pickle and holds none of these tensors."""
+    taken = {id(tensor) for tensor in tensors.values()}
+
+    def is_taken(value) -> bool:
+        return id(value) in taken or (isinstance(value, dict) and any(id(inner) in taken for inner in value.values()))
+
+    return tuple(str(k) for k, value in root.items() if not is_taken(value)) if isinstance(root, dict) else ()
+
+
 class PickleFile(StoredFile):
     """A torch pickle. FormatError if it is broken or names anything but tensors and containers."""
 
@@ -43,7 +61,11 @@ class PickleFile(StoredFile):
         try:
             try:
                 root, places = self._open_zip() if self._is_zip() else self._open_legacy()
-                self._place(_tensors_in(root), places)
+                tensors = _tensors_in(root)
+                self._place(tensors, places)
+                self.besides = _besides(root, tensors)
+                if _is_embedding(root):
+                    self.metadata = {str(k): str(v) for k, v in root.items() if isinstance(v, (str, int, float))}
             except FormatError:
                 raise
             except Exception as error:  # a damaged pickle can raise anything at all

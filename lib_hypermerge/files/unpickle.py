@@ -31,7 +31,7 @@ _IGNORED = {
     ("numpy.core.multiarray", "scalar"), ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "scalar"), ("numpy._core.multiarray", "_reconstruct"),
     ("_codecs", "encode"), ("argparse", "Namespace"), ("torch", "device"), ("torch", "Tensor"),
-    ("torch.nn.parameter", "Parameter"), ("torch.nn.modules.container", "ParameterDict"),
+    ("torch.nn.parameter", "Parameter"),
     ("collections", "defaultdict"), ("collections", "Counter"),
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
     *((module, name) for module in ("builtins", "__builtin__")
@@ -53,6 +53,10 @@ class _Ignored(dict):
 
     def extend(self, _items):
         pass
+
+
+class _Parameters(_Ignored):
+    """A module that is but a table of tensors; its state comes when it is made."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ _KNOWN = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    ("torch.nn.modules.container", "ParameterDict"): _Parameters,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_with_attributes,
@@ -179,7 +184,11 @@ class Decoder(_Unpickler):
         self.append(_Ignored())
 
     def _set_attributes(self):
-        self.stack.pop()  # state_dict()'s _metadata, an ignored object's state: nothing here has attributes
+        state = self.stack.pop()  # state_dict()'s _metadata, an ignored object's state: nothing here has attributes
+        if isinstance(self.stack[-1], _Parameters) and isinstance(state, dict):
+            table = state.get("_parameters")
+            if type(table) is dict:
+                self.stack[-1].update(table)
 
     dispatch.update({
         pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items, pickle.DICT[0]: _make_dict,
