@@ -26,6 +26,7 @@ from .sd1 import SD1
 from .sd2 import SD2
 from .sd3 import SD3
 from .sdxl import SDXL
+from .vae import find_vae
 
 ARCHITECTURES = (SD1, SD2, SDXL, SD3, FLUX)
 
@@ -56,7 +57,7 @@ _DENOISERS = (
     ("joint_blocks.0.", "a relative or a part of Stable Diffusion 3"),
     ("down_blocks.0.resnets.0", "a UNet in diffusers' own layout; name the folder it lies in"),
 )
-_VAE = ("decoder.up.0.block.0", "a VAE")
+_OF_VAES = ("encoder.", "decoder.", "first_stage_model.", "vae.")
 _EMBEDDINGS = ("_embedding", "shared", "relative_attention_bias", "embed_tokens")
 
 
@@ -132,12 +133,16 @@ def _architecture(file: TensorFile) -> Architecture:
         prefix = _prefix(architecture.components[0], names)
         if prefix is not None and architecture.matches(_lookup(prefix, names)):
             return architecture
-    kind = _kind(names, _DENOISERS)
+    kind = _kind([name for name in names if not name.startswith(_OF_VAES)], _DENOISERS)
     if kind is None and not any(name.startswith("model.diffusion_model.") for name in names):
         best = max(ARCHITECTURES, key=lambda a: (_text_encoders(a, names), -len(a.components)))
         if _text_encoders(best, names):
             return best
-        kind = _kind(names, (_VAE,))
+        if find_vae(names):
+            raise LayoutError(
+                f"{file.path.name} is no Stable Diffusion or Flux.1 checkpoint.", "It looks like a VAE.",
+                "Name the checkpoint that it belongs to.",
+            )  # fmt: skip
     raise _unknown(file, f"It looks like {kind}." if kind else "None of its tensors has a name that a checkpoint has.")
 
 
