@@ -42,7 +42,7 @@ def _file(file: dict[str, Any]) -> list[str]:
 def describe(file: dict[str, Any]) -> list[tuple[str, str]]:
     """What and how much, of a file that could be read; for the terminal and the page alike."""
     rows = [("size", f"{mib(file['bytes'])}, {file['format']}")]
-    rows += _checkpoint(file) if file["kind"] == "checkpoint" else _adapter(file)
+    rows += _KINDS[file["kind"]](file)
     if file.get("hashes"):
         hashes = file["hashes"]
         rows += [(_HASHES[name], hashes[name]) for name in _HASHES if hashes[name]]
@@ -64,6 +64,32 @@ def _checkpoint(file: dict[str, Any]) -> list[tuple[str, str]]:
     if others:
         rows.append(("besides", counts(others)))
     rows += [(host["title"], _loads(host)) for host in file["hosts"].values()]
+    return rows + (_values_read(file["values"]) if "values" in file else [])
+
+
+def _embedding(file: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("kind", f"embedding (textual inversion) for {file['title']}")]
+    rows += [(f"vectors {name}", f"{count} of {file['widths'][name]}") for name, count in file["vectors"].items()]
+    return rows + _tensors_of(file)
+
+
+def _vae(file: dict[str, Any]) -> list[tuple[str, str]]:
+    written = "diffusers' names" if file["layout"] == "diffusers" else "the original names"
+    rows = [("kind", f"VAE alone, under {written}")]
+    if file["latent_channels"]:
+        of = f", as of {file['latents_of']}" if file["latents_of"] else ""
+        rows.append(("latent channels", f"{file['latent_channels']}{of}"))
+    return rows + _tensors_of(file) + ([("besides", f"{file['others']} other tensors")] if file["others"] else [])
+
+
+def _unknown(file: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("kind", "tensors of a model that Hypermerge does not know"), ("why", file["why"])]
+    return [*rows, *_tensors_of(file), ("names", listed(file["names"], file["tensors"]))]
+
+
+def _tensors_of(file: dict[str, Any]) -> list[tuple[str, str]]:
+    sums = f"{file['tensors']}, {millions(file['parameters'])} parameters, {mib(file['bytes_of_tensors'])}"
+    rows = [("tensors", sums), ("number formats", counts(file["dtypes"]))]
     return rows + (_values_read(file["values"]) if "values" in file else [])
 
 
@@ -142,6 +168,11 @@ def _measured(measured: dict[str, Any]) -> list[tuple[str, str]]:
     if measured["nonfinite"]["count"]:
         rows.append(("NaN or Inf", listed(measured["nonfinite"]["names"], measured["nonfinite"]["count"])))
     return rows
+
+
+_KINDS = {
+    "checkpoint": _checkpoint, "adapter": _adapter, "embedding": _embedding, "VAE": _vae, "tensors": _unknown,
+}  # fmt: skip
 
 
 def _similarity(item: dict[str, Any], names: list[str]) -> list[str]:

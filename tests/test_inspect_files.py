@@ -120,14 +120,11 @@ def test_a_network_under_a_bare_name_is_none_for_a1111(tmp_path):
 def bad(tmp_path):
     """what -> a file that inspect cannot make sense of"""
     (tmp_path / "text.safetensors").write_text("no model")
-    save_file({"string_to_param": torch.ones(1)}, tmp_path / "thing.safetensors")
+    save_file({}, tmp_path / "thing.safetensors")
     save_file({"emb_params": torch.ones(2, 24)}, tmp_path / "embedding.safetensors")
-    quantised = base_weights("sd15")
-    quantised["model.diffusion_model.out.2.scale_weight"] = torch.ones(1)
-    save_file(quantised, tmp_path / "quantised.safetensors")
     (tmp_path / "folder").mkdir()
     names = {"text": "text.safetensors", "thing": "thing.safetensors", "embedding": "embedding.safetensors",
-             "quantised": "quantised.safetensors", "folder": "folder", "nothing": "nothing.safetensors"}  # fmt: skip
+             "folder": "folder", "nothing": "nothing.safetensors"}  # fmt: skip
     return {what: tmp_path / name for what, name in names.items()}
 
 
@@ -135,7 +132,6 @@ def bad(tmp_path):
     ("what", "code", "says"),
     [
         ("text", "bad_file", "header"), ("thing", "wrong_model", "neither a checkpoint nor a LoRA"),
-        ("embedding", "wrong_model", "textual inversion"), ("quantised", "wrong_model", "quantised"),
         ("folder", "wrong_model", "folder"), ("nothing", "bad_request", "There is no file"),
     ],
 )  # fmt: skip

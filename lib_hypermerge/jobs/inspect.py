@@ -15,6 +15,7 @@ from .host import Context, Host
 from .inspect_checkpoint import checkpoint_facts
 from .inspect_common import metadata_facts, sendable
 from .inspect_hosts import checkpoint_hosts
+from .inspect_other import Other, counted_as, other_facts
 from .inspect_plan import InspectPlan, Item, make_plan
 from .inspect_spec import InspectSpec
 from .report import Report
@@ -72,17 +73,23 @@ class _Inspection:
             facts["hosts"] = checkpoint_hosts(item.content, item.path or item.content.file.path, facts["markers"])
             if self.spec.measures:
                 facts["values"] = self._values(item.content)
+        elif isinstance(item.content, Other):
+            facts |= other_facts(item.content)
+            if self.spec.measures:
+                facts["values"] = self._values(item.content)
         else:
             facts |= self._adapter_facts(index, item.content)
         if self.spec.hashes:
             facts["hashes"] = self._hashes(item)
         return facts
 
-    def _values(self, model: Model) -> dict[str, Any]:
-        from .inspect_values import measure_values  # brings torch, which headers need not wait for
+    def _values(self, content: Model | Other) -> dict[str, Any]:
+        from .inspect_values import components_of, measure_values  # brings torch, which headers need not wait for
 
-        on_bytes = self._shares(model.file.size, lambda: model.file.size)
-        return measure_values(model, self.host.threads(), on_bytes, self.context.check)
+        file = content.file
+        owner = components_of(content) if isinstance(content, Model) else counted_as(content)
+        on_bytes = self._shares(file.size, lambda: file.size)
+        return measure_values(file, owner, self.host.threads(), on_bytes, self.context.check)
 
     def _adapter_facts(self, index: int, file: AdapterFile) -> dict[str, Any]:
         from . import inspect_adapter  # brings torch, which a checkpoint's header need not wait for

@@ -38,10 +38,10 @@ def checkpoint_facts(model: Model) -> dict[str, Any]:
         }
         claimed |= infos.keys()
         components[table.id] = {
-            "title": table.title, "present": modules is not None, "modules": len(modules or {}), **_sums(infos.values())
+            "title": table.title, "present": modules is not None, "modules": len(modules or {}), **sums(infos.values())
         }  # fmt: skip
     vae = {info.name for info in model.vae.values()}
-    components["vae"] = {"title": "VAE", "present": bool(vae), "modules": None, **_sums(names[name] for name in vae)}
+    components["vae"] = {"title": "VAE", "present": bool(vae), "modules": None, **sums(names[name] for name in vae)}
     rest = [name for name in names if name not in claimed and name not in vae]
     return {
         "kind": "checkpoint",
@@ -55,7 +55,8 @@ def checkpoint_facts(model: Model) -> dict[str, Any]:
     }
 
 
-def _sums(infos: Iterable[TensorInfo]) -> dict[str, Any]:
+def sums(infos: Iterable[TensorInfo]) -> dict[str, Any]:
+    """How many tensors, numbers and bytes, in which formats."""
     infos = list(infos)
     return {
         "tensors": len(infos),

@@ -9,6 +9,7 @@ from ..layouts.adapter_file import AdapterFile, open_adapter
 from ..layouts.module import Model
 from ..layouts.opening import open_checkpoint
 from .host import Host
+from .inspect_other import Other, open_other
 
 
 def find(name: str, host: Host) -> list[Path]:
@@ -29,8 +30,11 @@ def find(name: str, host: Host) -> list[Path]:
     return found
 
 
-def open_any(path: Path) -> Model | AdapterFile:
-    """A checkpoint or an adapter, open. Raises SpecError, FormatError or LayoutError, which name the file."""
+def open_any(path: Path) -> Model | AdapterFile | Other:
+    """A checkpoint, an adapter or another file of tensors, open. Errors name the file.
+
+    Raises SpecError (nothing there), FormatError (broken) or LayoutError (no tensors).
+    """
     try:
         return open_checkpoint(path)
     except (LayoutError, SpecError) as error:
@@ -38,12 +42,16 @@ def open_any(path: Path) -> Model | AdapterFile:
     try:
         return open_adapter(path)
     except (LayoutError, SpecError) as error:
-        raise _neither(path, not_a_checkpoint, error) from None
+        why = _neither(path, not_a_checkpoint, error)
+    other = open_other(path, why) if isinstance(why, LayoutError) else None
+    if other is None:
+        raise why
+    return other
 
 
 def _neither(path: Path, first: HypermergeError, second: HypermergeError) -> HypermergeError:
     """The error that says most, of what a checkpoint and what an adapter would have to be."""
-    if not isinstance(second, LayoutError) or "is a LoRA" in first.what:
+    if not isinstance(second, LayoutError) or "is a LoRA" in first.what or "none of its factors" in second.why:
         return second
     if path.is_dir():
         return LayoutError(

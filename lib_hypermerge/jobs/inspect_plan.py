@@ -13,6 +13,7 @@ from ..layouts.module import Model
 from ..layouts.opening import open_checkpoint
 from .host import Host
 from .inspect_open import find, open_any
+from .inspect_other import Other
 from .inspect_spec import InspectSpec
 
 _PROCESS_BYTES = 350 << 20  # Python with torch, about
@@ -25,7 +26,7 @@ class Item:
 
     name: str
     path: Path | None = None
-    content: Model | AdapterFile | None = None
+    content: Model | AdapterFile | Other | None = None
     error: HypermergeError | None = None
 
     @property
@@ -89,6 +90,7 @@ class InspectPlan:
             "files": [str(item.path or item.name) for item in self.items],
             "checkpoints": len(self.checkpoints),
             "loras": len(self.adapters),
+            "others": sum(isinstance(item.content, Other) for item in self.items),
             "bytes_to_read": self.bytes_to_read,
             "expected_seconds": round(0.5 + self.bytes_to_read / 2e8 * (3 if self.spec.spectra else 1), 1),
             "expected_memory": _PROCESS_BYTES + (_WORK_BYTES if self.bytes_to_read else 0),

@@ -21,7 +21,7 @@ class InspectSpec(Spec):
     verb: ClassVar[str] = "inspect"
 
     files: tuple[str, ...] = param(
-        FILES, "Files", "Checkpoints and LoRAs of any kind; several are also compared with each other."
+        FILES, "Files", "Model files of any kind; several checkpoints or LoRAs are also compared with each other."
     )
     norms: bool = param(
         FLAG, "Norms", "How much a LoRA changes each block, and whether there is NaN or Inf: reads all of it.", False

@@ -1,15 +1,15 @@
-"""A checkpoint's numbers, read once: the norm of each component, and which tensors hold NaN or Inf."""
+"""A file's numbers, read once: the norm of each component, and which tensors hold NaN or Inf."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ..files.dtypes import FLOATS
-from ..files.source import TensorInfo
+from ..files.source import TensorFile, TensorInfo
 from ..layouts.module import Model
 from .inspect_common import shown
 from .workers import map_in_order, plan_workers
@@ -17,14 +17,9 @@ from .workers import map_in_order, plan_workers
 _PIECE = 1 << 22  # values read at a time
 
 
-def measure_values(
-    model: Model, threads: int, on_bytes: Callable[[int], None], check: Callable[[], None]
-) -> dict[str, Any]:
-    """JSON-ready; EMA copies and other tensors count as the component "others". check may raise to stop.
-
-    on_bytes is told how many bytes are done.  Norms are over the finite values.
-    """
-    owner = {
+def components_of(model: Model) -> dict[str, str]:
+    """A checkpoint's tensors → the component that they belong to."""
+    return {
         info.name: component
         for component, modules in model.components.items()
         for module in modules.values()
@@ -32,8 +27,18 @@ def measure_values(
         if info is not None
     } | dict.fromkeys((info.name for info in model.vae.values()), "vae")
 
+
+def measure_values(
+    file: TensorFile, owner: Mapping[str, str], threads: int, on_bytes: Callable[[int], None],
+    check: Callable[[], None],
+) -> dict[str, Any]:  # fmt: skip
+    """JSON-ready. owner: tensor → component; those of none count as "others", EMA copies among them.
+
+    on_bytes is told how many bytes are done; check may raise to stop.  Norms are over the finite values.
+    """
+
     def work(piece: TensorInfo) -> tuple[TensorInfo, float, int]:
-        values = model.file.read(piece).double()
+        values = file.read(piece).double()
         finite = values.isfinite()
         bad = values.numel() - int(finite.sum())
         return piece, float(torch.where(finite, values, 0.0).square().sum()), bad
@@ -41,7 +46,7 @@ def measure_values(
     squares: dict[str, float] = {}
     nonfinite: dict[str, int] = {}
     done = 0
-    floats = [info for info in model.file.tensors.values() if info.dtype in FLOATS and info.numel]
+    floats = [info for info in file.tensors.values() if info.dtype in FLOATS and info.numel]
     workers, each = plan_workers(threads, "cpu", 24 * _PIECE)
     for piece, square, bad in map_in_order(work, (p for i in floats for p in _pieces(i)), workers, each, check):
         component = owner.get(piece.name, "others")

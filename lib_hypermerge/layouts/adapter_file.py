@@ -228,6 +228,11 @@ def _refuse_others(adapter: AdapterFile) -> None:
     if any(key in ("emb_params", "clip_l", "clip_g") or key.startswith("string_to_") for key in adapter.file.tensors):
         raise LayoutError(f"{name} is an embedding (textual inversion), not a LoRA.")
     shown = ", ".join(list(adapter.file.tensors)[:3])
+    if adapter.unknown and all(key.endswith(".alpha") for key in adapter.unknown):
+        raise LayoutError(
+            f"{name} is no LoRA.", f"It holds the alphas of one, but none of its factors: {shown}.",
+            "Save or download the LoRA again.",
+        )  # fmt: skip
     raise LayoutError(
         f"{name} is no LoRA.",
         f"None of its tensors has a name that a LoRA's has: {shown}." if shown else "It holds no tensors.",
