@@ -139,6 +139,21 @@ def test_a_pickle_becomes_safetensors_with_the_same_numbers(tmp_path, suffix, zi
     assert metadata(tmp_path / "o.safetensors")["format"] == "pt"
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("more", [[], ["--prune"]])
+def test_what_a_pickle_holds_besides_is_told(tmp_path, more, zipped):
+    found = base_weights("sd15")
+    states = [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4}]}]
+    whole = {"epoch": 3, "global_step": 7, "callbacks": {}, "optimizer_states": states, "state_dict": found}
+    torch.save(whole, tmp_path / "m.ckpt", _use_new_zipfile_serialization=zipped)
+    answer = convert(tmp_path / "m.ckpt", tmp_path / "o", *more)
+    assert answer["warnings"] == [
+        "Left out, as only the state dict is kept: epoch, global_step, callbacks, optimizer_states."
+    ]
+    assert answer["besides"] == 4
+    assert load_file(tmp_path / "o.safetensors").keys() == found.keys()
+
+
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
 def test_eight_bits_are_for_matrices(tmp_path, weights, checkpoint, name):
     dtype = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}[name]

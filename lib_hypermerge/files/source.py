@@ -59,8 +59,12 @@ Identity = tuple[int, int, int, int]  # device, inode, size, time of the last ch
 
 
 class TensorFile(ABC):
-    """An open file of tensors, or several that look like one (VirtualFile)."""
+    """An open file of tensors, or several that look like one (VirtualFile).
 
+    besides: the names of what a pickle holds outside its state dict, such as optimizer_states.
+    """
+
+    besides: tuple[str, ...] = ()
     path: Path
     size: int  # bytes on the disk
     tensors: dict[str, TensorInfo]
@@ -107,7 +111,6 @@ class TensorFile(ABC):
         raw = torch.empty(span * ITEMSIZE[info.dtype], dtype=torch.uint8)
         self.read_into(info.offset, raw.numpy().data)
         return raw.view(torch_dtype(info.dtype)).as_strided(info.shape, info.stride).contiguous()
-
 
     def number(self, info: TensorInfo) -> float:
         """The one value of a tensor; without torch, but for 8-bit floats."""

@@ -36,6 +36,7 @@ class VirtualFile(TensorFile):
         self.tensors = {}
         shared = [set(part.metadata.items()) for part in self._parts]
         self.metadata = dict(set.intersection(*shared)) if shared else {}
+        self.besides = tuple(dict.fromkeys(name for part in self._parts for name in part.besides))
         self.size = sum(part.size for part in self._parts)
         self._starts: list[int] = []  # of each segment, in this file's addresses
         self._places: list[tuple[TensorFile, int]] = []  # its file and offset there

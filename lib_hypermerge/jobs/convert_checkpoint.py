@@ -21,7 +21,7 @@ from ..files.writer import check_target
 from ..layouts.adapter_file import open_adapter
 from ..layouts.module import Model
 from ..layouts.opening import open_checkpoint
-from .convert_output import RECIPE, STALE, recipe, refuse_inputs
+from .convert_output import RECIPE, STALE, left_behind, recipe, refuse_inputs
 from .convert_spec import EIGHT_BITS, KEEP, SAME, ConvertSpec
 from .host import Context, Host
 from .report import Output, Report
@@ -117,7 +117,8 @@ def make_plan(spec: ConvertSpec, host: Host) -> CheckpointPlan:
             else:
                 wanted = formats.get(component_of.get(info.name, ""), KEEP)
                 plan.tensors[info.name] = TensorPlan(_format(info, wanted), info.shape)
-        if spec.prune and not plan.pruned:
+        plan.warnings += left_behind(file)
+        if spec.prune and not plan.pruned and not file.besides:
             plan.warnings.append("There was nothing to prune.")
         plan.metadata = _metadata(plan)
         check_target(output, plan.bytes, spec.overwrite)
@@ -239,6 +240,7 @@ def run(plan: CheckpointPlan, host: Host, context: Context) -> Report:
         "converted": len(plan.converted),
         "carried": len(plan.tensors) - len(plan.converted),
         "pruned": dict(plan.pruned),
+        "besides": len(file.besides),
         "formats": dict(Counter(tensor.dtype for tensor in plan.tensors.values())),
         "bytes_before": file.size,
         "device": "cpu",

@@ -13,6 +13,7 @@ from .host import Host
 from .spec import Spec
 
 RECIPE = "hypermerge"
+_FEW = 8
 # of another file, once a number or the order has changed
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
@@ -36,6 +37,13 @@ def is_same(a: Path, b: Path) -> bool:
         return a.samefile(b)
     except OSError:
         return False
+
+
+def left_behind(file: TensorFile) -> list[str]:
+    """The warning of what a pickle holds besides its state dict, which is never kept; none without."""
+    names = file.besides
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return [f"Left out, as only the state dict is kept: {', '.join(names[:_FEW])}{more}."] if names else []
 
 
 def recipe(spec: Spec, parents: dict[str, TensorFile], **more: Any) -> str:

@@ -67,8 +67,9 @@ class ConvertSpec(Spec):
         CHOICE, "Number format of the VAE", "Of a checkpoint.", SAME, choices=(_SAME, *FORMATS[:4]), advanced=True
     )
     prune: bool = param(
-        FLAG, "Prune", "Of a checkpoint: leave out EMA copies (model_ema.), the VAE's training loss "
-        "(first_stage_model.loss.) and optimizer states.", False,
+        FLAG, "Prune", "Of a checkpoint: leave out the tensors of EMA copies (model_ema.), of the VAE's training loss "
+        "(first_stage_model.loss.) and of optimizers. What a .ckpt holds beside its state dict, such as "
+        "optimizer_states and global_step, is never kept.", False,
     )  # fmt: skip
     overwrite: bool = param(FLAG, "Overwrite", "Replace an existing file of that name.", False)
 
