@@ -106,7 +106,9 @@ def test_what_does_not_lie_row_by_row_is_neither_cut_nor_joined(tmp_path, more):
 def test_sd2s_last_text_layer_is_left_out_and_counted(tmp_path):
     before = lora("sd21", only=lambda m: m.component == "te")
     answer = convert(save(tmp_path / "a.safetensors", before), tmp_path / "b", "--to", "diffusers")
-    assert answer["left_out"] == {"no name in diffusers' dialect": 6}
+    assert answer["left_out"] == {"text layer 23": 6}
+    told = "6 modules of text layer 23, which diffusers' SD2 text encoder does not have and AUTOMATIC1111 never runs"
+    assert any(warning.startswith(f"Left out: {told}, such as lora_te_") for warning in answer["warnings"])
     assert not any("layers.23." in key for key in load(tmp_path / "b.safetensors"))
 
 

@@ -91,6 +91,9 @@ def test_alpha_0_and_alpha_missing(tmp_path):
         k: float(t) for k, t in tensors.items() if "alpha" in k
     }
     answer = convert(tmp_path / "a.safetensors", tmp_path / "d", "--to", "diffusers")
+    idle = sorted(k.removesuffix(".alpha") for k, t in tensors.items() if "alpha" in k and float(t) == 0)
+    told = f"a.safetensors: {len(idle)} modules have alpha 0, such as {idle[0]}: they change nothing."
+    assert told in answer["warnings"]
     assert answer["inexact"] == sum(float(t) == 0 for k, t in tensors.items() if "alpha" in k)
 
 

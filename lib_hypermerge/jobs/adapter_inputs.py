@@ -182,10 +182,8 @@ def _warnings(lora: LoraInput) -> list[str]:
         out.append(f"{name}: {len(keys)} modules are for {component}, which the checkpoint does not bring; left out.")
     if file.unknown:
         out.append(f"{name}: {len(file.unknown)} tensors are part of no module, such as {file.unknown[0]}; left out.")
-    alphas = {entry.key: _alpha(file, entry) for entry, _ in resolution.targets}
-    lora.idle = {key for key, alpha in alphas.items() if alpha == 0 and _is_scaled(lora, file.entries[key])}
-    if lora.idle:
-        out.append(f"{name}: {len(lora.idle)} modules have alpha 0, such as {min(lora.idle)}: they change nothing.")
+    alphas = find_idle(lora)
+    out += idle_warning(lora)
     # the other dialects have no alphas, or a configuration that holds them
     without = [entry.key for entry, _ in resolution.targets if alphas[entry.key] is None and _FACTOR in entry.parts]
     if without and file.dialect == KOHYA:
@@ -197,6 +195,19 @@ def _warnings(lora: LoraInput) -> list[str]:
         for t in wider
     ]  # fmt: skip
     return out
+
+
+def find_idle(lora: LoraInput) -> dict[str, float | None]:
+    """Note which modules change nothing; returns every module's alpha by key. FormatError if one is NaN or Inf."""
+    alphas = {entry.key: _alpha(lora.file, entry) for entry, _ in lora.resolution.targets}
+    lora.idle = {key for key, alpha in alphas.items() if alpha == 0 and _is_scaled(lora, lora.file.entries[key])}
+    return alphas
+
+
+def idle_warning(lora: LoraInput) -> list[str]:
+    """One sentence on the modules that change nothing; none without."""
+    few = f"{len(lora.idle)} modules have alpha 0, such as {min(lora.idle, default='')}: they change nothing."
+    return [f"{lora.path.name}: {few}"] if lora.idle else []
 
 
 def _is_scaled(lora: LoraInput, entry: Entry) -> bool:

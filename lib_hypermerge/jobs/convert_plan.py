@@ -22,7 +22,7 @@ from ..layouts.module import Model, Module
 from ..layouts.opening import open_checkpoint
 from ..layouts.resolve import nearest, resolve
 from . import convert_rules
-from .adapter_inputs import LoraInput, family_of, open_lora
+from .adapter_inputs import LoraInput, family_of, find_idle, open_lora
 from .convert_output import read_recipe, refuse_inputs
 from .convert_restore import Notes, read
 from .convert_spec import KEEP, KOHYA, PEFT, ConvertSpec
@@ -166,6 +166,7 @@ def _open_without(path: Path) -> tuple[LoraInput, Model]:
         for entry, _ in lora.resolution.targets:
             lora.families[entry.key] = family_of(file, entry)
         convert_rules.refuse_misfits(lora, model)
+        find_idle(lora)
         return lora, model
     except BaseException:
         file.close()

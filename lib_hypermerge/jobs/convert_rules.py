@@ -16,9 +16,10 @@ from ..adapters.lora import DOWN, MID, UP
 from ..algebra import dora
 from ..errors import FormatError, LayoutError, SpecError
 from ..layouts.module import LORA_KINDS, Model, Module
-from .adapter_inputs import LoraInput
+from .adapter_inputs import LoraInput, idle_warning
+from .convert_output import left_behind
 from .convert_spec import DIFFUSERS, KEEP, KOHYA, PEFT, ConvertSpec
-from .convert_units import AXIS, CARRY, PLAIN, Out, Source, Unit
+from .convert_units import AXIS, CARRY, NEVER_RUN, PLAIN, Out, Source, Unit, is_absent
 
 if TYPE_CHECKING:
     from .convert_plan import AdapterPlan
@@ -28,6 +29,8 @@ _AXES = {"output": dora.OUTPUT, "input": dora.INPUT}
 # what was left out, in words
 _SAID = {
     "norms": "{count} norms", "biases": "biases of {count} modules", "embeddings": "{count} changes of embeddings",
+    NEVER_RUN: "{count} modules of text layer 23, which diffusers' SD2 text encoder does not have and AUTOMATIC1111 "
+    "never runs",
     "without a layer": "{count} modules that have no layer in {model}",
     "no part of any module": "{count} tensors that are part of no module",
 }  # fmt: skip
@@ -37,8 +40,8 @@ def units_of(plan: AdapterPlan, module: Module, sources: list[Source], outs: lis
     """The unit of a layer; none where the result cannot say it, which is noted in plan.left_out."""
     spec = plan.spec
     if not outs:
-        what = "norms" if all(_rest(s, module) == "norms" for s in sources) else f"no name in {_TITLES[spec.to]}"
-        _leave_out(plan, what, sources)
+        unknown = NEVER_RUN if is_absent(plan.model.architecture.id, module) else f"no name in {_TITLES[spec.to]}"
+        _leave_out(plan, "norms" if all(_rest(s, module) == "norms" for s in sources) else unknown, sources)
         return []
     if spec.to != KOHYA:
         for source in sources:
@@ -299,6 +302,7 @@ def _check_magnitudes(plan: AdapterPlan) -> None:
 def _warn(plan: AdapterPlan) -> None:
     name = plan.lora.path.name
     plan.warnings += [f"{name}: {note}" for note in plan.lora.file.notes]
+    plan.warnings += left_behind(plan.lora.file.file) + idle_warning(plan.lora)
     for what, keys in plan.left_out.items():
         said = _SAID.get(what, f"{{count}} modules that have {what}").format(count=len(keys), model=plan.model.title)
         plan.warnings.append(f"Left out: {said}, such as {keys[0]}.")

@@ -15,6 +15,7 @@ from .convert_spec import KOHYA
 
 CARRY, PLAIN, AXIS = "carry", "plain", "axis"
 _ABSENT = {"sd2": "transformer.resblocks.23."}  # diffusers drops SD2's last text layer, which no image depends on
+NEVER_RUN = "text layer 23"
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,15 @@ class Unit:
         return all(rows in theirs for rows in ours)
 
 
+def is_absent(architecture: str, module: Module) -> bool:
+    """Whether diffusers' models lack a text encoder's layer that the checkpoints have."""
+    absent = _ABSENT.get(architecture)
+    return module.component != "unet" and absent is not None and module.path.startswith(absent)
+
+
 def diffusers_names(architecture: str, module: Module) -> list[tuple[str, Piece]]:
     """diffusers' names of a layer; none for what its models lack."""
-    absent = _ABSENT.get(architecture)
-    if module.component != "unet" and absent and module.path.startswith(absent):
+    if is_absent(architecture, module):
         return []
     if module.component not in diffusers.COMPONENTS.get(architecture, {}):
         return []
