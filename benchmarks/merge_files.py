@@ -23,7 +23,7 @@ def main(table_path: str, folder_path: str, rank: str) -> None:
     folder = Path(folder_path)
     folder.mkdir(parents=True, exist_ok=True)
     table = {key: tuple(shape) for key, shape in json.loads(Path(table_path).read_text()).items()}
-    checkpoint, spare = synthetic.write_pair(folder, table, lambda _key, weight, _generator: weight[:0])
+    checkpoint, spare = synthetic.write_pair(folder, table, lambda _key, weight, _generator: weight.flatten()[:0])
     spare.unlink()
     checkpoint.rename(folder / "checkpoint.safetensors")
     tensors: dict[str, torch.Tensor] = {}
