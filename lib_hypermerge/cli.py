@@ -17,9 +17,11 @@ from .hosts.standalone import PathHost
 from .jobs.host import Context
 from .jobs.runner import execute, forecast
 from .jobs.verbs import VERBS, Verb
+from .words import counts, mib
 
 _THREADS_HELP = "CPU threads, one a layer, at most 8 layers at a time (default: torch's own number)"
 _MOST_THREADS = 1024
+_BYTES = ("bytes_to_read", "expected_memory")  # of the forecast, beside what ends in _bytes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,7 +110,18 @@ def _show_forecast(table: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(table), flush=True)
     else:
         for key, value in table.items():
-            print(_plain(f"{key.replace('_', ' ')}: {value}"))
+            print(_plain(f"{key.replace('_', ' ')}: {_in_words(key, value)}"))
+
+
+def _in_words(key: str, value: Any) -> str:
+    """A value of the forecast: bytes as MiB, a table of counts as "282 unet, 72 te", a list by commas."""
+    if isinstance(value, int) and (key in _BYTES or key.endswith("_bytes")):
+        return mib(value)
+    if isinstance(value, dict) and all(isinstance(count, int) for count in value.values()):
+        return counts(value)
+    if isinstance(value, list):
+        return (" " if key == "warnings" else ", ").join(map(str, value)) or "none"
+    return "not known before" if value is None else str(value)
 
 
 def _show_report(report: Any, as_json: bool) -> None:

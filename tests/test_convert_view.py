@@ -3,7 +3,7 @@
 import pytest
 import torch
 from convert_files import lora, save, some
-from models import base_weights, save_checkpoint
+from models import base_weights, last_json, run_cli, save_checkpoint
 
 from lib_hypermerge.hosts.standalone import PathHost
 from lib_hypermerge.jobs.host import Context
@@ -56,6 +56,21 @@ def test_a_checkpoint(tmp_path):
     for shown in (text, page):
         assert "1 EMA copies" in shown and "MiB before" in shown
     assert "about" in told
+
+
+def test_a_forecast_in_words(tmp_path, source):
+    result = run_cli(["convert", "--lora", source, "--out", tmp_path / "o", "--dry-run"])
+    lines = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    table = last_json(run_cli(["convert", "--lora", source, "--out", tmp_path / "o", "--dry-run", "--json"]))
+    for name in ("expected bytes", "most bytes", "expected memory"):
+        assert lines[name] == f"{table[name.replace(' ', '_')] / 2**20:,.1f} MiB"
+    assert lines["families"] == f"{table['families']['lora']} lora, 1 norm"
+    assert lines["modules"] == str(table["modules"]) and lines["warnings"] == "none"
+    result = run_cli(
+        ["convert", "--lora", source, "--out", tmp_path / "o", "--dry-run", "--family", "lora", "--energy", 0.9]
+    )
+    assert "expected bytes: not known before\n" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
 def test_names_from_files_cannot_write_html(tmp_path):

@@ -36,7 +36,7 @@ MAY_USE = {
     "render_inspect": {"jobs", "words"},
     "synthetic": {"files"},
     "flags": {"jobs"},
-    "cli": {"jobs", "hosts", "render", "flags"},
+    "cli": {"jobs", "hosts", "render", "flags", "words"},
     "api": {"jobs"},
     "ui": {"jobs", "hosts", "render", "render_convert", "render_inspect", "words", "api"},
     "demo": {"jobs", "hosts", "render", "files", "layouts", "synthetic"},
