@@ -235,3 +235,40 @@ def test_the_group_that_a_card_is_shown_in(tmp_path, metadata, a1111_group, forg
     assert (hosts["a1111"]["group"], hosts["forge"]["group"]) == (a1111_group, forge_group)
     assert hosts["a1111"]["verdict"] == hosts["forge"]["verdict"] == "all"
     assert (hosts["a1111"]["modules"], hosts["forge"]["tensors"]) == (2, 6)
+
+
+def verdicts(tmp_path, **change: torch.Tensor) -> dict:
+    """Of a file of two modules, some tensors of the second of which are others."""
+    tensors = {key: torch.zeros(shape) for key, shape in file_of({FIRST: LINEAR}).items()}
+    tensors |= {f"{SECOND}.{part}": torch.zeros(shape) for part, shape in LINEAR.items()}
+    tensors |= {f"{SECOND}.lora_{part}.weight": tensor for part, tensor in change.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    result = run_cli(["inspect", tmp_path / "a.safetensors", "--norms", "--json", "--quiet"])
+    assert result.returncode == 0, result.stderr
+    return last_json(result)["files"][0]
+
+
+def test_modules_whose_ranks_disagree_are_not_counted_as_loaded(tmp_path):
+    file = verdicts(tmp_path, up=torch.zeros(4, 3))
+    assert list(file["broken"]["modules"]) == [SECOND]
+    assert (file["hosts"]["a1111"]["verdict"], file["hosts"]["a1111"]["modules"]) == ("part", 1)
+    assert "3 × parts that do not fit together" in file["hosts"]["a1111"]["why"]
+    assert file["hosts"]["forge"]["verdict"] == "refused"
+    assert SECOND in file["hosts"]["forge"]["why"]
+
+
+def test_whole_numbers_for_factors_are_damage(tmp_path):
+    file = verdicts(tmp_path, up=torch.zeros(4, 2, dtype=torch.int8), down=torch.zeros(2, 4, dtype=torch.int8))
+    assert "stored as I8" in file["broken"]["modules"][SECOND]
+    assert file["families"] == {"LoRA": 1}
+    for host in file["hosts"].values():
+        assert (host["verdict"], host["modules"], host["tensors"], host["ignored"]) == ("part", 1, 3, 3)
+        assert "whole numbers of a quantisation" in host["why"]
+
+
+def test_where_all_modules_are_damaged_the_reason_is_not_their_names(tmp_path):
+    tensors = {f"{FIRST}.lora_up.weight": torch.zeros(4, 3), f"{FIRST}.lora_down.weight": torch.zeros(2, 4)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    result = run_cli(["inspect", tmp_path / "a.safetensors", "--json", "--quiet"])
+    host = last_json(result)["files"][0]["hosts"]["a1111"]
+    assert (host["verdict"], host["why"]) == ("nothing", "2 × parts that do not fit together")

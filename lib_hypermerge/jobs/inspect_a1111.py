@@ -6,13 +6,17 @@ without a word; one that is found but not understood keeps the whole file from b
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from .inspect_a1111_names import ATTENTION, CONTAINER, CONV, DEAF, LINEAR, Finder, Shape, Shapes, layers_of
 
 TITLE = "AUTOMATIC1111 1.10"
 KNOWN = ("sd1", "sd2", "sdxl", "sd3")
+
+# why tensors whose names it does not know are left out
+_BUNDLED, _DOTTED, _NAMELESS = "an embedding, loaded as such", "dotted names are never found", "no layer of that name"
+UNNAMED = frozenset((_BUNDLED, _DOTTED, _NAMELESS))
 
 _COMMON = frozenset(("alpha", "scale", "bias", "dora_scale"))
 
@@ -58,10 +62,13 @@ class Reach:
     refused: str = ""
 
 
-def reach(tensors: Shapes, checkpoint: Shapes, architecture: str, misfits: Collection[str] = ()) -> Reach:
+def reach(
+    tensors: Shapes, checkpoint: Shapes, architecture: str, misfits: Collection[str] = (),
+    damage: Mapping[str, str] | None = None,
+) -> Reach:  # fmt: skip
     """Which tensors of an adapter file take effect on a checkpoint. tensors, checkpoint: by the files' own names.
 
-    misfits: tensors of modules that have not the size of their layer.
+    misfits: tensors of modules that have not the size of their layer.  damage: tensors of damaged modules → how.
     """
     if architecture not in KNOWN:
         return Reach(refused="It does not know this architecture.")
@@ -84,14 +91,15 @@ def reach(tensors: Shapes, checkpoint: Shapes, architecture: str, misfits: Colle
         result.refused = _refusal(parts, finder.layer(key))
         if result.refused:
             return result
-    _apply(groups, finder, tensors, frozenset(misfits), result)
+    unfit = dict.fromkeys(misfits, "a size that is not the layer's") | dict(damage or {})
+    _apply(groups, finder, tensors, unfit, result)
     return result
 
 
 def _why_unmatched(module: str, tensor: str) -> str:
     if module == "bundle_emb":
-        return "an embedding, loaded as such"
-    return "dotted names are never found" if tensor.count(".") > 2 else "no layer of that name"
+        return _BUNDLED
+    return _DOTTED if tensor.count(".") > 2 else _NAMELESS
 
 
 def _split(tensor: str, architecture: str) -> tuple[str, str] | None:
@@ -120,7 +128,7 @@ def _refusal(parts: dict[str, str], layer: str) -> str:
 
 
 def _apply(
-    groups: dict[str, dict[str, str]], finder: Finder, tensors: Shapes, misfits: frozenset[str], result: Reach
+    groups: dict[str, dict[str, str]], finder: Finder, tensors: Shapes, unfit: Mapping[str, str], result: Reach
 ) -> None:
     for key, parts in groups.items():
         layer = finder.layer(key)
@@ -129,8 +137,8 @@ def _apply(
             why = "norms of open_clip are never changed"
         elif finder.is_wide_input(key, parts, tensors):
             why = "it pads every LoRA of an in-painting model's first layer by five channels"
-        elif not misfits.isdisjoint(parts.values()):
-            why = "a size that is not the layer's"
+        elif any(tensor in unfit for tensor in parts.values()):
+            why = next(unfit[tensor] for tensor in parts.values() if tensor in unfit)
         family = next(family for family in _FAMILIES if family.takes(frozenset(parts)))
         why = why or _unfit(family.name, layer, {part: tensors[tensor] for part, tensor in parts.items()})
         if not why:

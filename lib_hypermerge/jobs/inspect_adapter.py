@@ -11,6 +11,7 @@ from ..adapters import dora
 from ..adapters.adapter import Adapter
 from ..adapters.families import ALPHA, SCALE, family_of
 from ..errors import FormatError
+from ..files.dtypes import FLOATS
 from ..files.source import TensorInfo
 from ..layouts.adapter_file import AdapterFile, Entry, Resolution, Target
 from ..layouts.module import Model
@@ -18,7 +19,7 @@ from ..layouts.reference import Outline, reference_model
 from ..layouts.resolve import lay_over, nearest
 from .inspect_checkpoint import dtype_counts
 from .inspect_common import shown
-from .inspect_hosts import alias, host_facts
+from .inspect_hosts import CODES, DISAGREE, alias, host_facts
 
 _EMBEDDING = "bundle_emb."
 
@@ -41,7 +42,7 @@ class Seen:
     """An open adapter file, understood. model: what it was laid over, with numbers if it is a real checkpoint.
 
     share: of its modules, that the model has layers for.  broken: keys of modules of no family or with parts that
-    disagree → why.
+    disagree or with whole numbers for factors → why.  damage: tensors of the latter two → what hosts stumble over.
     """
 
     file: AdapterFile
@@ -50,6 +51,7 @@ class Seen:
     resolution: Resolution
     pieces: list[Piece] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
+    damage: dict[str, str] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str | None:
@@ -89,11 +91,23 @@ def see(file: AdapterFile, base: Model | None) -> Seen:
             family = family_of(entry.shapes)
         except FormatError as error:
             seen.broken[entry.key] = error.what
+            if "do not fit together" in error.what:
+                seen.damage |= {info.name: DISAGREE for info in entry.parts.values()}
+            continue
+        if codes := _codes(entry):
+            seen.broken[entry.key] = f"{codes.name} is stored as {codes.dtype}: whole numbers are no factors."
+            seen.damage |= {info.name: CODES for info in entry.parts.values()}
             continue
         target = targets.get(entry.key)
         fits = target is not None and family.fits(entry.shapes, shape_of(target))
         seen.pieces.append(Piece(entry, family, target, fits))
     return seen
+
+
+def _codes(entry: Entry) -> TensorInfo | None:
+    """A matrix of whole numbers, which a quantisation leaves; not the indices of a sparse rest."""
+    whole = (info for part, info in entry.parts.items() if info.dtype not in FLOATS and not part.startswith("bias_"))
+    return next((info for info in whole if len(info.shape) > 1), None)
 
 
 def shape_of(target: Target) -> tuple[int, ...]:
@@ -243,6 +257,7 @@ def _hosts(seen: Seen) -> dict[str, Any]:
         seen.architecture,
         {entry.key for entry, _ in seen.resolution.targets},
         _misfit_tensors(seen),
+        seen.damage,
     )
 
 

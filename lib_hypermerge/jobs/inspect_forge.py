@@ -7,7 +7,7 @@ more than twelve tensors of that keep the whole file from being loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from ..layouts.dialects import kohya
 from .inspect_a1111 import Reach, Shapes
@@ -76,6 +76,26 @@ def reach(tensors: Shapes, checkpoint: Shapes, architecture: str, resolved: Coll
         unmatched = len(result.ignored)
         result.refused = f"{unmatched} tensors match nothing, and it refuses a file with over {MOST_UNMATCHED}."
     return result
+
+
+def stumble(found: Reach, damage: Mapping[str, str]) -> None:
+    """Take damaged modules out of what is loaded. damage: tensor → CODES or DISAGREE of inspect_hosts.
+
+    Forge loads them, and parts that do not fit together then end every picture with an error
+    (backend/patcher/lora.py).
+    """
+    bad = [tensor for tensor in found.applied if tensor in damage]
+    first = next((tensor for tensor in bad if "fit" in damage[tensor]), None)
+    if first is not None:
+        found.refused = found.refused or f"{first}: {damage[first]}, at which it stops with an error."
+    found.applied = [tensor for tensor in found.applied if tensor not in damage]
+    found.modules -= len({_stem(tensor) for tensor in bad})
+    found.ignored |= {tensor: damage[tensor] for tensor in bad}
+
+
+def _stem(tensor: str) -> str:
+    """A module's name, without the part."""
+    return tensor.removesuffix(next((part for part in _PARTS if tensor.endswith(part)), ""))
 
 
 class _Names:

@@ -17,6 +17,8 @@ from . import inspect_a1111, inspect_forge
 from .inspect_a1111 import Reach, Shapes
 from .inspect_common import shown
 
+CODES = "whole numbers of a quantisation, taken for factors"
+DISAGREE = "parts that do not fit together"
 _LISTED = (".safetensors", ".pt", ".ckpt")
 _LISTED_CHECKPOINTS = (".safetensors", ".ckpt")
 _UNET = "model.diffusion_model."
@@ -25,15 +27,16 @@ _FORGE_FLUX = ("flux-1-dev/lora", "https://github.com/black-forest-labs/flux")
 
 def host_facts(
     path: Path, metadata: Mapping[str, str], tensors: Shapes, checkpoint: Shapes, architecture: str,
-    resolved: Collection[str], misfits: Collection[str],
+    resolved: Collection[str], misfits: Collection[str], damage: Mapping[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     """JSON-ready, by host. tensors, checkpoint: shapes by name, of the file and of a model of its architecture.
 
     resolved: modules of the file, by their own names, that have a layer.  misfits: tensors of modules that have not
-    the size of their layer.
+    the size of their layer.  damage: tensors of damaged modules → CODES or DISAGREE.
     """
-    a1111 = inspect_a1111.reach(tensors, checkpoint, architecture, misfits)
+    a1111 = inspect_a1111.reach(tensors, checkpoint, architecture, misfits, damage)
     forge = inspect_forge.reach(tensors, checkpoint, architecture, resolved)
+    inspect_forge.stumble(forge, damage)
     is_listed = path.is_file() and path.suffix.lower() in _LISTED
     return {
         "a1111": _facts(inspect_a1111.TITLE, a1111, a1111_group(metadata), len(tensors), is_listed),
@@ -47,10 +50,10 @@ def _facts(title: str, reach: Reach, group: str, tensors: int, is_listed: bool) 
     elif reach.refused:
         verdict, why = "refused", reach.refused
     elif not reach.applied:
-        verdict, why = "nothing", "No tensor has a name that it knows."
+        unnamed = set(reach.ignored.values()) <= inspect_a1111.UNNAMED
+        verdict, why = "nothing", "No tensor has a name that it knows." if unnamed else _reasons(reach)
     else:
-        verdict = "all" if len(reach.applied) == tensors else "part"
-        why = "; ".join(f"{count} × {reason}" for reason, count in Counter(reach.ignored.values()).most_common(5))
+        verdict, why = "all" if len(reach.applied) == tensors else "part", _reasons(reach)
     loads = verdict in ("all", "part")
     return {
         "title": title,
@@ -62,6 +65,10 @@ def _facts(title: str, reach: Reach, group: str, tensors: int, is_listed: bool) 
         "ignored_tensors": shown(sorted(reach.ignored)),
         "group": group,
     }
+
+
+def _reasons(reach: Reach) -> str:
+    return "; ".join(f"{count} × {reason}" for reason, count in Counter(reach.ignored.values()).most_common(5))
 
 
 def a1111_group(metadata: Mapping[str, str]) -> str:
