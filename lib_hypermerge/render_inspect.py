@@ -64,7 +64,8 @@ def _checkpoint(file: dict[str, Any]) -> list[tuple[str, str]]:
     if others:
         rows.append(("besides", counts(others)))
     rows += [(host["title"], _loads(host)) for host in file["hosts"].values()]
-    return rows + (_values_read(file["values"]) if "values" in file else [])
+    titles = {component: part["title"] for component, part in file["components"].items()}
+    return rows + (_values_read(file["values"], titles) if "values" in file else [])
 
 
 def _embedding(file: dict[str, Any]) -> list[tuple[str, str]]:
@@ -90,12 +91,13 @@ def _unknown(file: dict[str, Any]) -> list[tuple[str, str]]:
 def _tensors_of(file: dict[str, Any]) -> list[tuple[str, str]]:
     sums = f"{file['tensors']}, {millions(file['parameters'])} parameters, {mib(file['bytes_of_tensors'])}"
     rows = [("tensors", sums), ("number formats", counts(file["dtypes"]))]
-    return rows + (_values_read(file["values"]) if "values" in file else [])
+    return rows + (_values_read(file["values"], {}) if "values" in file else [])
 
 
-def _values_read(values: dict[str, Any]) -> list[tuple[str, str]]:
+def _values_read(values: dict[str, Any], titles: dict[str, str]) -> list[tuple[str, str]]:
     bad = values["nonfinite"]
-    rows = [(f"norm of {component}", f"{part['norm']:.4g}") for component, part in values["components"].items()]
+    norms = {titles.get(component, component): part["norm"] for component, part in values["components"].items()}
+    rows = [(f"norm of {title}", f"{norm:.4g}") for title, norm in norms.items()]
     return [*rows, ("NaN or Inf", listed(bad["names"], bad["count"]) if bad["count"] else "none")]
 
 
@@ -113,7 +115,7 @@ def _adapter(file: dict[str, Any]) -> list[tuple[str, str]]:
     if file["ranks"]:
         rows += [("rank", _values(file["ranks"])), ("alpha", _values(file["alphas"])),
                  ("scale", _values(file["scales"]))]  # fmt: skip
-    rows += [(component, f"{part['modules']} modules") for component, part in file["components"].items()]
+    rows += [(part["title"], f"{part['modules']} modules") for part in file["components"].values()]
     if file["dora"]:
         rows.append(("magnitudes (DoRA)", counts(file["dora"])))
     if file["biases"]:
@@ -127,7 +129,8 @@ def _adapter(file: dict[str, Any]) -> list[tuple[str, str]]:
         odd["not of their layer's size"] = file["misfits"]
     rows += [(title, listed(found["names"], found["count"])) for title, found in odd.items() if found["count"]]
     rows += [("damaged", f"{key}: {why}") for key, why in file["broken"]["modules"].items()]
-    rows.append(("prompt", file["prompt"]))
+    if file["prompt"]:
+        rows.append(("prompt", file["prompt"]))
     rows += [(host["title"], _host(host)) for host in file["hosts"].values()]
     rows += [("note", note) for note in file["notes"]]
     return rows + (_measured(file["measured"]) if "measured" in file else [])
@@ -154,15 +157,15 @@ def _host(host: dict[str, Any]) -> str:
 
 def _measured(measured: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("norm of the change", f"{measured['norm']:.4g}")]
-    for component, part in measured["components"].items():
+    for part in measured["components"].values():
         text = f"{part['norm']:.4g}"
-        if part["blocks"]:
+        if part["blocks"] and part["norm"] > 0:
             block, most = max(part["blocks"].items(), key=lambda item: item[1]["norm"])
             text += f", most in {block} ({most['norm']:.4g})"
         spectrum = part.get("spectrum")
         if spectrum and spectrum["layers"]:
             text += f"; 90 % of its energy in {spectrum['rank_for_90']['median']} directions of a usual layer"
-        rows.append((f"norm in {component}", text))
+        rows.append((f"norm in {part['title']}", text))
     if measured["left_out"]:
         rows.append(("not measured", counts(measured["left_out"])))
     if measured["nonfinite"]["count"]:

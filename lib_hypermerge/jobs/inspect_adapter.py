@@ -15,7 +15,7 @@ from ..files.dtypes import FLOATS
 from ..files.source import TensorInfo
 from ..layouts.adapter_file import AdapterFile, Entry, Resolution, Target
 from ..layouts.module import Model
-from ..layouts.reference import Outline, reference_model
+from ..layouts.reference import Outline, reference_model, reference_models
 from ..layouts.resolve import lay_over, nearest
 from .inspect_checkpoint import dtype_counts
 from .inspect_common import shown
@@ -52,6 +52,8 @@ class Seen:
     pieces: list[Piece] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     damage: dict[str, str] = field(default_factory=dict)
+    # members of the architecture that fit as well as the model
+    others: list[Model] = field(default_factory=list)
 
     @property
     def architecture(self) -> str | None:
@@ -59,7 +61,13 @@ class Seen:
 
     @property
     def title(self) -> str:
-        return self.model.title if self.model else "no model that is known here"
+        """Of all members of the architecture that it fits, unless the metadata names one."""
+        if self.model is None:
+            return "no model that is known here"
+        models = [self.model, *self.others]
+        said = self.file.metadata.get("modelspec.architecture", "").removesuffix("/lora")
+        named = [model for model in models if model.base.architecture == said]
+        return " or ".join(model.title for model in named or models)
 
     @property
     def has_numbers(self) -> bool:
@@ -85,6 +93,7 @@ def see(file: AdapterFile, base: Model | None) -> Seen:
             model, resolution = base, on_base
             share = len(resolution.targets) / len(file.entries)
     seen = Seen(file, share, model, resolution)
+    seen.others = _others_like(seen)
     targets = {entry.key: target for entry, target in seen.resolution.targets}
     for entry in file.entries.values():
         try:
@@ -104,6 +113,25 @@ def see(file: AdapterFile, base: Model | None) -> Seen:
     return seen
 
 
+def _others_like(seen: Seen) -> list[Model]:
+    """Members of the architecture that as many modules fit: names and sizes do not tell them from the first."""
+    if seen.model is None or seen.has_numbers:
+        return []
+    found = _fitting(seen.resolution)
+    others = [model for model in reference_models(seen.model.architecture.id) if model is not seen.model]
+    return [model for model in others if _fitting(lay_over(seen.file, model)) == found]
+
+
+def _fitting(resolution: Resolution) -> tuple[int, int]:
+    """How many modules have a layer, and how many of them have its size."""
+    sizes = [
+        up[0] == target.shape[0] and down[1:2] == target.shape[1:2]
+        for entry, target in resolution.targets
+        if (up := entry.shapes.get("lora_up.weight")) and (down := entry.shapes.get("lora_down.weight"))
+    ]
+    return len(resolution.targets), sum(sizes)
+
+
 def _codes(entry: Entry) -> TensorInfo | None:
     """A matrix of whole numbers, which a quantisation leaves; not the indices of a sparse rest."""
     whole = (info for part, info in entry.parts.items() if info.dtype not in FLOATS and not part.startswith("bias_"))
@@ -119,6 +147,7 @@ def shape_of(target: Target) -> tuple[int, ...]:
 def adapter_facts(seen: Seen) -> dict[str, Any]:
     """JSON-ready. Of the data only the alphas are read, one number each."""
     file, path = seen.file, seen.file.file.path
+    hosts = _hosts(seen)
     infos = [info for entry in file.entries.values() for info in entry.parts.values()]
     return {
         "kind": "adapter",
@@ -144,8 +173,8 @@ def adapter_facts(seen: Seen) -> dict[str, Any]:
         "broken": {"count": len(seen.broken), "modules": dict(list(seen.broken.items())[:20])},
         "notes": [*file.notes, *_notes(seen)],
         "alias": alias(path, file.metadata),
-        "prompt": f"<lora:{alias(path, file.metadata)}:1>",
-        "hosts": _hosts(seen),
+        "prompt": f"<lora:{alias(path, file.metadata)}:1>" if any(h["modules"] for h in hosts.values()) else None,
+        "hosts": hosts,
     }
 
 
@@ -210,11 +239,16 @@ def _components(seen: Seen) -> dict[str, Any]:
         if own:
             blocks = Counter(piece.target.module.block for piece in own if piece.target)
             out[component] = {
+                "title": titles_of(seen.model)[component],
                 "modules": len(own),
                 "parameters": sum(info.numel for piece in own for info in piece.entry.parts.values()),
                 "blocks": {block: blocks[block] for block in blocks_of(seen.model, component) if block in blocks},
             }
     return out
+
+
+def titles_of(model: Model) -> dict[str, str]:
+    return {table.id: table.title for table in model.architecture.components}
 
 
 def blocks_of(model: Model, component: str) -> list[str]:
@@ -241,7 +275,17 @@ def _embeddings(tensors: Mapping[str, TensorInfo]) -> dict[str, list[list[int]]]
 def _notes(seen: Seen) -> list[str]:
     """What programs are known to do otherwise, with the number of modules that it concerns."""
     notes = Counter(note for piece in seen.pieces for note in piece.family.notes(piece.entry.shapes))
-    return [f"{note} ({count} modules)" for note, count in notes.most_common(10)]
+    without_effect = sum(_changes_nothing(seen, piece) for piece in seen.pieces)
+    first = [f"alpha is 0: they change nothing ({without_effect} modules)"] if without_effect else []
+    return [*first, *(f"{note} ({count} modules)" for note, count in notes.most_common(10))]
+
+
+def _changes_nothing(seen: Seen, piece: Piece) -> bool:
+    """Whether the factor of a plain product is 0, and there is no change of a bias."""
+    if piece.family.needs_weight or piece.family.rank(piece.entry.shapes) is None:
+        return False
+    alpha, scale = alpha_of(seen.file, piece.entry)
+    return (alpha if scale is None else scale) == 0 and not {"diff_b", "lora_up.bias"} & piece.entry.parts.keys()
 
 
 def _hosts(seen: Seen) -> dict[str, Any]:

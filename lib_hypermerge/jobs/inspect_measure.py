@@ -12,7 +12,7 @@ import torch
 
 from ..algebra import factored
 from ..algebra.lowrank import Matrix, decompose
-from .inspect_adapter import Piece, Seen, blocks_of
+from .inspect_adapter import Piece, Seen, blocks_of, titles_of
 from .inspect_change import Change, Unreadable, read_change
 from .inspect_common import MOST_NAMES, shown
 from .workers import map_in_order, plan_workers
@@ -90,7 +90,8 @@ def _facts(seen: Seen, found: list[Measured], spectra: bool) -> dict[str, Any]:
     for component in seen.model.components if seen.model else ():
         own = [m for m in good if seen.component_of(m.piece) == component]
         if own and seen.model:
-            part: dict[str, Any] = {"norm": _root(m.norm2 for m in own), "modules": len(own), "blocks": {}}
+            title, norm = titles_of(seen.model)[component], _root(m.norm2 for m in own)
+            part: dict[str, Any] = {"title": title, "norm": norm, "modules": len(own), "blocks": {}}
             for block in blocks_of(seen.model, component):
                 inside = [m.norm2 for m in own if m.piece.target and m.piece.target.module.block == block]
                 if inside:

@@ -26,7 +26,7 @@ CLIP_G = _clip("te2", "text encoder 2 (CLIP-G)", "clip_g")
 # te3 in Flux too, which has no second one: so sd-scripts names it, and ComfyUI and Forge read it
 T5 = ComponentTable(
     id="te3",
-    title="text encoder 3 (T5)",
+    title="T5",
     prefixes=("text_encoders.t5xxl.transformer.", ""),  # the second: a file of its own
     probe="encoder.block.0.layer.0.SelfAttention.q.weight",
     rename=kohya.t5,

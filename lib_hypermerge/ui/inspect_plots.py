@@ -14,7 +14,7 @@ def measured_picture(measured: dict[str, Any]) -> str:
     from matplotlib.figure import Figure
 
     components = {name: part for name, part in measured["components"].items() if part["blocks"]}
-    spectra = {name: part["spectrum"] for name, part in components.items() if part.get("spectrum", {}).get("curve")}
+    spectra = {part["title"]: part["spectrum"] for part in components.values() if part.get("spectrum", {}).get("curve")}
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = list(figure.subplots(1, 2, width_ratios=(3, 2))) if spectra else [figure.subplots()]
     _norms(axes[0], components)
@@ -26,10 +26,10 @@ def measured_picture(measured: dict[str, Any]) -> str:
 
 def _norms(axes: Any, components: dict[str, Any]) -> None:
     start, ticks, names = 0, [], []
-    for (component, part), color in zip(components.items(), BARS, strict=False):
+    for part, color in zip(components.values(), BARS, strict=False):
         heights = [block["norm"] for block in part["blocks"].values()]
         places = range(start, start + len(heights))
-        axes.bar(places, heights, color=color, label=component)
+        axes.bar(places, heights, color=color, label=part["title"])
         ticks += places
         names += part["blocks"]
         start += len(heights) + 1
@@ -42,10 +42,10 @@ def _norms(axes: Any, components: dict[str, Any]) -> None:
 
 
 def _spectra(axes: Any, spectra: dict[str, Any]) -> None:
-    for (component, spectrum), color in zip(spectra.items(), BARS, strict=False):
+    for (title, spectrum), color in zip(spectra.items(), BARS, strict=False):
         curve = spectrum["curve"]
         indices = [point["index"] for point in curve]
-        axes.plot(indices, [point["median"] for point in curve], color=color, label=component)
+        axes.plot(indices, [point["median"] for point in curve], color=color, label=title)
         axes.fill_between(
             indices, [point["low"] for point in curve], [point["high"] for point in curve], color=color, alpha=0.2
         )

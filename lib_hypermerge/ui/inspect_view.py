@@ -36,7 +36,7 @@ def _file(file: dict[str, Any]) -> str:
         box = f'<div class="hypermerge-error" data-code="{error["code"]}">'
         return f"{head}{box}<b>{escape(error['what'])}</b>{more}</div>"
     parts = [head, html.table(describe(file))]
-    if any(part["blocks"] for part in file.get("measured", {}).get("components", {}).values()):
+    if any(part["blocks"] and part["norm"] > 0 for part in file.get("measured", {}).get("components", {}).values()):
         parts.append(html.picture(lambda: measured_picture(file["measured"])))
     if file["metadata"]:
         rows = list(file["metadata"].items())
