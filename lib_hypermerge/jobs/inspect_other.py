@@ -66,7 +66,7 @@ def other_facts(content: Other) -> dict[str, Any]:
 
 
 def _sums(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """"bytes" is the size of the file."""
+    """Of the tensors; beside it, the bytes of a file include its header."""
     found = sums(tensors.values())
     return found | {"bytes_of_tensors": found.pop("bytes")}
 
