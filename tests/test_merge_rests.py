@@ -94,3 +94,12 @@ def test_every_spelling_of_one_layer_gives_the_same_file(checkpoint, tmp_path):
         results.append(merge(checkpoint, tensors, folder, 0.3)[1])
     assert all(torch.equal(result[ATTENTION], results[0][ATTENTION]) for result in results)
     assert changed(load_file(checkpoint), results[-1]) == {ATTENTION}
+
+
+def test_what_a_pickle_holds_besides_is_told(checkpoint, tmp_path):
+    weights = {key: tensor.clone() for key, tensor in load_file(checkpoint).items()}
+    torch.save({"state_dict": weights, "global_step": 5}, tmp_path / "m.ckpt")
+    n, k = weights[ATTENTION].shape
+    tensors = {f"{TO_Q}.lora_up.weight": torch.ones(n, 1), f"{TO_Q}.lora_down.weight": torch.ones(1, k)}
+    report, _ = merge(tmp_path / "m.ckpt", tensors, tmp_path)
+    assert any("global_step" in warning for warning in report["warnings"])

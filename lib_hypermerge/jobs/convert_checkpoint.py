@@ -21,9 +21,9 @@ from ..files.writer import check_target
 from ..layouts.adapter_file import open_adapter
 from ..layouts.module import Model
 from ..layouts.opening import open_checkpoint
-from .convert_output import RECIPE, STALE, left_behind, recipe, refuse_inputs
 from .convert_spec import EIGHT_BITS, KEEP, SAME, ConvertSpec
 from .host import Context, Host
+from .outputs import RECIPE, STALE, left_behind, recipe, refuse_inputs
 from .report import Output, Report
 from .workers import map_in_order, plan_workers
 

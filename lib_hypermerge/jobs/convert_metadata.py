@@ -7,9 +7,9 @@ from typing import Any
 
 from ..files.metadata import lora_metadata
 from ..layouts.dialects.peft import DIFFUSERS_METADATA
-from .convert_output import RECIPE, STALE, recipe
 from .convert_plan import AdapterPlan
 from .convert_spec import KEEP, KOHYA
+from .outputs import RECIPE, STALE, recipe
 
 _OF_THE_NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 _NUMBERED = re.compile(r"(unet|text_encoder)(:\d+:rank)?")

@@ -23,11 +23,11 @@ from ..layouts.opening import open_checkpoint
 from ..layouts.resolve import nearest, resolve
 from . import convert_rules
 from .adapter_inputs import LoraInput, family_of, find_idle, open_lora
-from .convert_output import read_recipe, refuse_inputs
 from .convert_restore import Notes, read
 from .convert_spec import KEEP, KOHYA, PEFT, ConvertSpec
 from .convert_units import Source, Unit, diffusers_names, outs
 from .host import Host
+from .outputs import read_recipe, refuse_inputs
 
 _PROCESS_BYTES = 320 << 20  # Python with torch, about
 EMBEDDINGS = "embeddings.safetensors"  # bundled ones, in a PEFT folder

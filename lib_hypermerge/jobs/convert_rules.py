@@ -17,9 +17,9 @@ from ..algebra import dora
 from ..errors import FormatError, LayoutError, SpecError
 from ..layouts.module import LORA_KINDS, Model, Module
 from .adapter_inputs import LoraInput, idle_warning
-from .convert_output import left_behind
 from .convert_spec import DIFFUSERS, KEEP, KOHYA, PEFT, ConvertSpec
 from .convert_units import AXIS, CARRY, NEVER_RUN, PLAIN, Out, Source, Unit, is_absent
+from .outputs import left_behind
 
 if TYPE_CHECKING:
     from .convert_plan import AdapterPlan

@@ -26,6 +26,7 @@ from .adapter_inputs import LoraInput, open_lora
 from .host import Host
 from .merge_metadata import merged_metadata
 from .merge_spec import KEEP, MergeSpec
+from .outputs import left_behind, refuse_inputs
 from .spec import WeightedLora
 
 _DTYPES = {**OUTPUT_DTYPES, "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
@@ -138,7 +139,7 @@ def make_plan(spec: MergeSpec, host: Host) -> MergePlan:
     """Open and check everything. Raises SpecError, FormatError, LayoutError, UnchangedError, OutputError."""
     plan = plan_change(spec, host, host.checkpoint_output(spec.out))
     try:
-        _refuse_output(plan, host)
+        refuse_inputs(plan.output, [plan.model.file.path, *(lora.path for lora in plan.loras)], host)
         plan.metadata = merged_metadata(spec, plan.model, plan.loras, plan.output.stem)
         check_target(plan.output, plan.bytes, spec.overwrite)
     except BaseException:
@@ -162,29 +163,6 @@ def plan_change(spec: MergeSpec, host: Host, output: Path) -> MergePlan:
         plan.close()
         raise
     return plan
-
-
-def _refuse_output(plan: MergePlan, host: Host) -> None:
-    """The output may be none of the inputs, nor the model that a WebUI has in memory."""
-    inputs = [plan.model.file.path, *(lora.path for lora in plan.loras)]
-    if any(_same(plan.output, path) for path in inputs):
-        raise SpecError(
-            f"{plan.output.name} would replace one of the files that it is made from.", hint="Choose another name."
-        )
-    loaded = host.loaded_checkpoint()
-    if loaded is not None and _same(plan.output, loaded):
-        raise SpecError(
-            f"{plan.output.name} is the checkpoint that is loaded at the moment.",
-            "The WebUI would go on with the old one in memory, and Windows cannot replace it.",
-            "Choose another name, or load another checkpoint first.",
-        )
-
-
-def _same(a: Path, b: Path) -> bool:
-    try:
-        return a.samefile(b)
-    except OSError:
-        return False
 
 
 def _add_steps(plan: MergePlan, lora: LoraInput, item: WeightedLora) -> None:
@@ -267,6 +245,7 @@ def _gather_warnings(plan: MergePlan) -> None:
                 f"{lora.path.name} brings {len(lora.file.embeddings)} tensors of embeddings; a checkpoint "
                 "cannot hold them: keep the LoRA's embedding as a file of its own."
             )
+    plan.warnings += left_behind(plan.model.file)
     if plan.homeless_biases:
         plan.warnings.append(
             f"{plan.homeless_biases} modules change a bias that their layer does not have; it was left out."

@@ -1,4 +1,4 @@
-"""What every conversion's output must be told before it is computed, and what it says of where it came from."""
+"""What is asked of every output made from other files, and what it says of where it came from."""
 
 from __future__ import annotations
 
