@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lib_hypermerge.errors import Cancelled, InputChangedError, NumericalError, OutputError, SpecError
 from lib_hypermerge.hosts.standalone import FolderHost, PathHost
-from lib_hypermerge.jobs import merge_plan
+from lib_hypermerge.jobs import checkpoint_formats
 from lib_hypermerge.jobs.host import Context
 from lib_hypermerge.jobs.merge import MergeSpec, make_plan, run
 
@@ -183,7 +183,7 @@ def test_a_disk_too_small_is_told_beforehand(models, tmp_path, monkeypatch):
 
 
 def test_a_format_that_this_torch_lacks(models, tmp_path, monkeypatch):
-    monkeypatch.setitem(merge_plan._DTYPES, "fp8_e4m3", "F8_OTHER")  # noqa: SLF001 - torch 2.1 and newer have both
+    monkeypatch.setitem(checkpoint_formats.DTYPES, "fp8_e4m3", "F8_OTHER")  # torch 2.1 and newer have both
     wanted = spec(checkpoint=str(models / "sd15.safetensors"), loras=[str(models / "sd15-lora.safetensors")],
                   out=str(tmp_path / "o"), dtype="fp8_e4m3")  # fmt: skip
     with pytest.raises(SpecError, match="fp8_e4m3"):

@@ -26,6 +26,7 @@ FROM_TORCH = {torch_name: name for name, torch_name in _TORCH.items()}
 FLOATS = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
 
 OUTPUT_DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+EIGHT_BITS = {"fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}  # of checkpoints only
 
 
 def torch_dtype(name: str) -> torch.dtype:

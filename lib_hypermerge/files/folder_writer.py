@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from ..errors import BusyError, OutputError, SpecError
-from .writer import sync_folder
+from .writer import check_room, sync_folder
 
 _PART = ".hypermerge-part"
 _OLD = ".hypermerge-old"
@@ -37,15 +37,7 @@ def check_folder_target(path: Path, needed_bytes: int, overwrite: bool, marks: t
                 "Only a folder of the same kind is replaced.",
                 "Choose another name.",
             )
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"The folder {parent} cannot be written to.", "It is read-only for this user.")
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise OutputError(
-            f"The disk is too full for {path.name}.",
-            f"It needs about {needed_bytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free in {parent}.",
-            "Free some space, or choose another folder.",
-        )
+    check_room(parent, path.name, needed_bytes)
 
 
 class FolderWriter:

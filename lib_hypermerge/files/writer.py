@@ -54,12 +54,17 @@ def check_target(path: Path, needed_bytes: int, overwrite: bool) -> None:
         raise SpecError(f"{path} is a folder.", hint="Name a file.")
     if path.exists() and not overwrite:
         raise SpecError(f"{path.name} exists already.", hint="Choose another name, or allow overwriting.")
+    check_room(folder, path.name, needed_bytes)
+
+
+def check_room(folder: Path, name: str, needed_bytes: int) -> None:
+    """OutputError if a folder cannot be written to or its disk is too small for what is to be called `name`."""
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"The folder {folder} cannot be written to.", "It is read-only for this user.")
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OutputError(
-            f"The disk is too full for {path.name}.",
+            f"The disk is too full for {name}.",
             f"It needs about {needed_bytes / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free in {folder}.",
             "Free some space, or choose another folder.",
         )

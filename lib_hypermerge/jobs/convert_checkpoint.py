@@ -12,22 +12,21 @@ from typing import Any
 
 import torch
 
-from ..errors import LayoutError, NumericalError, SpecError
+from ..errors import LayoutError, NumericalError
 from ..files.checkpoint_writer import CheckpointWriter, TensorPlan, header_of
-from ..files.dtypes import FLOATS, ITEMSIZE, OUTPUT_DTYPES, torch_dtype
+from ..files.dtypes import EIGHT_BITS, torch_dtype
 from ..files.opening import open_tensors
 from ..files.source import TensorFile, TensorInfo
 from ..files.writer import check_target
 from ..layouts.adapter_file import open_adapter
-from ..layouts.module import Model
 from ..layouts.opening import open_checkpoint
-from .convert_spec import EIGHT_BITS, KEEP, SAME, ConvertSpec
+from .checkpoint_formats import check_formats, components, format_of
+from .convert_spec import KEEP, SAME, ConvertSpec
 from .host import Context, Host
 from .outputs import RECIPE, STALE, left_behind, recipe, refuse_inputs
 from .report import Output, Report
 from .workers import map_in_order, plan_workers
 
-_DTYPES = {**OUTPUT_DTYPES, **EIGHT_BITS}
 _TRAINING = {
     "first_stage_model.loss.": "loss of the VAE's training",
     "optimizer": "optimizer states", "lr_scheduler": "optimizer states",
@@ -116,7 +115,7 @@ def make_plan(spec: ConvertSpec, host: Host) -> CheckpointPlan:
                 plan.pruned[pruned[info.name]] += 1
             else:
                 wanted = formats.get(component_of.get(info.name, ""), KEEP)
-                plan.tensors[info.name] = TensorPlan(_format(info, wanted), info.shape)
+                plan.tensors[info.name] = TensorPlan(format_of(info, wanted), info.shape)
         plan.warnings += left_behind(file)
         if spec.prune and not plan.pruned and not file.besides:
             plan.warnings.append("There was nothing to prune.")
@@ -150,40 +149,14 @@ def _is_lora(path: Path) -> bool:
     return True
 
 
-def components(model: Model) -> dict[str, str]:
-    """The component of each tensor of a checkpoint: unet, vae, or te for all text encoders."""
-    out = dict.fromkeys((info.name for info in model.vae.values()), "vae")
-    for component, modules in model.components.items():
-        for module in modules.values():
-            for info in (module.weight, module.bias):
-                if info is not None:
-                    out[info.name] = "unet" if component == "unet" else "te"
-    return out
-
-
 def _formats(spec: ConvertSpec) -> dict[str, str]:
     """Component → number format. SpecError where torch lacks one."""
     te = spec.dtype if spec.te_dtype == SAME else spec.te_dtype
     vae = spec.vae_dtype
     if vae == SAME:
         vae = KEEP if spec.dtype in EIGHT_BITS else spec.dtype
-    for name in {spec.dtype, te, vae} - {KEEP}:
-        dtype = _DTYPES[name]
-        if not hasattr(torch, {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}.get(dtype, "float32")):
-            raise SpecError(
-                f"The number format {name} is not there.",
-                f"torch {torch.__version__} does not know it.",
-                "Choose another, or update torch.",
-            )
+    check_formats((spec.dtype, te, vae))
     return {"unet": spec.dtype, "te": te, "vae": vae}
-
-
-def _format(info: TensorInfo, wanted: str) -> str:
-    if wanted == KEEP or info.dtype not in FLOATS:
-        return info.dtype
-    if wanted in EIGHT_BITS and len(info.shape) < 2:  # norms and biases are small, and hosts expect 16 bits
-        return info.dtype if ITEMSIZE[info.dtype] <= 2 else "F16"
-    return _DTYPES[wanted]
 
 
 def _pruned(file: TensorFile) -> dict[str, str]:

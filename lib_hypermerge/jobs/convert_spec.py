@@ -7,11 +7,12 @@ from pathlib import PurePath
 from typing import Any, ClassVar
 
 from ..errors import SpecError
+from ..files.dtypes import EIGHT_BITS
+from .checkpoint_formats import KEEP
 from .spec import CHECKPOINT, CHOICE, FLAG, INTEGER, LORA, NUMBER, OUTPUT, Spec, param
 
-KEEP, SAME = "keep", "same"
+SAME = "same"
 KOHYA, DIFFUSERS, PEFT = "kohya", "diffusers", "peft"
-EIGHT_BITS = {"fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
 FORMATS = (
     (KEEP, "as stored"), ("fp16", "16-bit float"), ("bf16", "bfloat16"), ("fp32", "32-bit float"),
     ("fp8_e4m3", "8-bit float, 4 bits of exponent (checkpoints)"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import asdict
 from typing import Any
@@ -12,15 +11,13 @@ from ..files.source import TensorFile
 from ..layouts.module import Model
 from .adapter_inputs import LoraInput
 from .merge_spec import MergeSpec
-
-# they would be those of another file
-_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+from .outputs import RECIPE, STALE, read_recipe
 
 
 def merged_metadata(spec: MergeSpec, model: Model, loras: list[LoraInput], name: str) -> dict[str, str]:
     """The header's texts. sd_merge_recipe is where AUTOMATIC1111's own merger writes, modelspec.* the Stability
     ModelSpec; no date, so equal inputs give equal files."""
-    metadata = {key: text for key, text in model.file.metadata.items() if key not in _STALE}
+    metadata = {key: text for key, text in model.file.metadata.items() if key not in STALE}
     metadata.setdefault("format", "pt")
     parents = [_parent("checkpoint", model.file), *(_parent("lora", lora.file.file) for lora in loras)]
     # names only: where somebody's files lie is nobody else's business
@@ -33,7 +30,7 @@ def merged_metadata(spec: MergeSpec, model: Model, loras: list[LoraInput], name:
         metadata["modelspec.title"] = name
     metadata["modelspec.merged_from"] = ", ".join(str(parent["name"]) for parent in parents)
     metadata["sd_merge_recipe"] = json.dumps({"type": "hypermerge", **recipe}, ensure_ascii=False)
-    metadata["hypermerge"] = json.dumps(recipe, ensure_ascii=False)
+    metadata[RECIPE] = json.dumps(recipe, ensure_ascii=False)
     return metadata
 
 
@@ -42,6 +39,6 @@ def _parent(role: str, file: TensorFile) -> dict[str, Any]:
     parent: dict[str, Any] = {"role": role, "name": file.path.name, "bytes": file.size}
     if digest := file.metadata.get("sshs_model_hash"):
         parent["sshs_model_hash"] = digest
-    with contextlib.suppress(KeyError, ValueError, RecursionError):  # somebody else's text under our name
-        parent["made"] = json.loads(file.metadata["hypermerge"])
+    if made := read_recipe(file.metadata):
+        parent["made"] = made
     return parent

@@ -13,9 +13,8 @@ from typing import Any
 from ..adapters.adapter import BIAS, Adapter
 from ..adapters.lora import UP_BIAS
 from ..adapters.norm import SHIFT
-from ..errors import SpecError
 from ..files.checkpoint_writer import TensorPlan, header_of
-from ..files.dtypes import FLOATS, ITEMSIZE, OUTPUT_DTYPES, torch_dtype
+from ..files.dtypes import ITEMSIZE
 from ..files.source import TensorInfo
 from ..files.writer import check_target
 from ..layouts.adapter_file import Entry
@@ -23,14 +22,13 @@ from ..layouts.module import Model
 from ..layouts.opening import open_checkpoint
 from . import block_weights
 from .adapter_inputs import LoraInput, open_lora
+from .checkpoint_formats import KEEP, check_formats, components, format_of
 from .host import Host
 from .merge_metadata import merged_metadata
-from .merge_spec import KEEP, MergeSpec
+from .merge_spec import MergeSpec
 from .outputs import left_behind, refuse_inputs
 from .spec import WeightedLora
 
-_DTYPES = {**OUTPUT_DTYPES, "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
-_EIGHT_BITS = frozenset(("F8_E4M3", "F8_E5M2"))
 _BIAS_PARTS = frozenset((BIAS, SHIFT, UP_BIAS))
 _PROCESS_BYTES = 320 << 20  # Python with torch, about
 
@@ -199,42 +197,12 @@ def _add_step(
 
 
 def _plan_tensors(plan: MergePlan) -> None:
-    component_of = _components(plan.model)
-    wanted = {"unet": plan.spec.dtype, "vae": plan.spec.vae_dtype}
-    for name in wanted.values():
-        if name != KEEP:
-            _check_format(name)
-    if plan.spec.te_dtype != KEEP:
-        _check_format(plan.spec.te_dtype)
+    spec, component_of = plan.spec, components(plan.model)
+    wanted = {"unet": spec.dtype, "te": spec.te_dtype, "vae": spec.vae_dtype}
+    check_formats(wanted.values())
     for info in plan.order:
-        component = component_of.get(info.name)
-        choice = KEEP if component is None else wanted.get(component, plan.spec.te_dtype)
-        dtype = info.dtype
-        if choice != KEEP and dtype in FLOATS:
-            dtype = _DTYPES[choice]
-            if dtype in _EIGHT_BITS and len(info.shape) < 2:  # norms and biases are small, and hosts expect 16 bits
-                dtype = info.dtype if ITEMSIZE[info.dtype] <= 2 else "F16"
-        plan.tensors[info.name] = TensorPlan(dtype, info.shape)
-
-
-def _check_format(choice: str) -> None:
-    try:
-        torch_dtype(_DTYPES[choice])
-    except Exception as error:
-        raise SpecError(
-            f"The number format {choice} is not there.", str(error), "Choose another, or update torch."
-        ) from None
-
-
-def _components(model: Model) -> dict[str, str]:
-    """The component of each tensor of the checkpoint."""
-    out = {}
-    for component, modules in model.components.items():
-        for module in modules.values():
-            for info in (module.weight, module.bias):
-                if info is not None:
-                    out[info.name] = component
-    return out | dict.fromkeys((info.name for info in model.vae.values()), "vae")
+        choice = wanted.get(component_of.get(info.name, ""), KEEP)
+        plan.tensors[info.name] = TensorPlan(format_of(info, choice), info.shape)
 
 
 def _gather_warnings(plan: MergePlan) -> None:

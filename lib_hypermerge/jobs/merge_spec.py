@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, ClassVar
 
+from .checkpoint_formats import KEEP
 from .spec import CHECKPOINT, CHOICE, FLAG, LORAS, OUTPUT, Spec, WeightedLora, param
 
-KEEP = "keep"
 FORMATS = (
     (KEEP, "as in the checkpoint"), ("fp16", "16-bit float"), ("bf16", "bfloat16"), ("fp32", "32-bit float"),
     ("fp8_e4m3", "8-bit float, 4 bits of exponent"), ("fp8_e5m2", "8-bit float, 5 bits of exponent"),
