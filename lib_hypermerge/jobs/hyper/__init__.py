@@ -1,0 +1,1 @@
+"""Hyper-Merge: several checkpoints become one hyper-model, a few shared LoRAs, and multipliers."""
