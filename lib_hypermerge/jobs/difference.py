@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import torch
 
 from ..algebra.lowrank import Matrix
 from ..files.dtypes import ITEMSIZE, torch_dtype
 from ..files.source import TensorFile, TensorInfo
+from .buffers import Buffers
 
 _PIECE = 1 << 18  # elements; measured: fits the second-level cache with its conversions
-
-
-class _Buffers(threading.local):
-    """Per-thread memory, kept between layers: fresh memory costs more than the arithmetic on it."""
-
-    def __init__(self):
-        self.store: dict[str, torch.Tensor] = {}
-
-    def get(self, name: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        held = self.store.get(name)
-        if held is None or held.numel() < numel or held.dtype != dtype:
-            self.store[name] = held = torch.empty(numel, dtype=dtype)
-        return held[:numel]
 
 
 class Difference:
@@ -33,7 +19,7 @@ class Difference:
     def __init__(self, tuned: TensorFile, base: TensorFile, tuned_weight: float, base_weight: float):
         self.tuned, self.base = tuned, base
         self.alpha, self.beta = tuned_weight, base_weight
-        self._buffers = _Buffers()
+        self._buffers = Buffers()
 
     def load(self, tuned: TensorInfo, base: TensorInfo, device: str = "cpu", low: torch.dtype | None = None) -> Matrix:
         """The difference as (n, k) float32 with its squared norm (inf or nan if a number is not finite).

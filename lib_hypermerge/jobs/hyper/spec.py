@@ -28,6 +28,10 @@ class HyperSpec(Spec):
     models: tuple[str, ...] = param(
         FILES, "Models", "Two or more checkpoints of one family. With a base, LoRA files of any kind too.", flag="model"
     )
+    name: str = param(
+        OUTPUT, "Name", "Of the hyper-model; the LoRAs are called NAME-1, NAME-2 …", placeholder="my-family",
+        target="checkpoint",
+    )  # fmt: skip
     base: str | None = param(
         CHECKPOINT, "Base",
         "Empty: the hyper-model is the models' mean. A checkpoint: it stays as it is, and the LoRAs start from it.",
@@ -45,10 +49,6 @@ class HyperSpec(Spec):
     count: int | None = param(
         INTEGER, "Number of LoRAs", "With a size. Empty: as many as serve the models best.", None,
         bounds=(1, MOST_LORAS), optional=True,
-    )  # fmt: skip
-    name: str = param(
-        OUTPUT, "Name", "Of the hyper-model; the LoRAs are called NAME-1, NAME-2 …", placeholder="my-family",
-        target="checkpoint",
     )  # fmt: skip
     out_dir: str | None = param(
         TEXT, "Folder", "Where all files go. Empty: each where its kind belongs.", None, optional=True, advanced=True
