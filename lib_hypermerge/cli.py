@@ -16,6 +16,7 @@ from .flags import add_flags, values_of
 from .hosts.standalone import PathHost
 from .jobs.host import Context
 from .jobs.runner import execute, forecast
+from .jobs.spec import has_preview
 from .jobs.verbs import VERBS, Verb
 from .words import counts, mib
 
@@ -30,7 +31,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All verbs' flags; every verb also knows --threads, --dry-run, --json and --quiet."""
+    """All verbs' flags; every verb also knows --threads, --dry-run, --json and --quiet.
+
+    Where a verb can preview, --dry-run is its flag for that.
+    """
     parser = _Parser(prog="python -m lib_hypermerge", description="Hypermerge: model files in, model files out.")
     parser.add_argument("--version", action="version", version=f"hypermerge {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
@@ -38,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb.id, help=verb.help, description=verb.help, allow_abbrev=False)
         add_flags(sub, verb.spec)
         sub.add_argument("--threads", type=int, default=0, metavar="N", help=_THREADS_HELP)
-        sub.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+        if not has_preview(verb.spec):
+            sub.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
         sub.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
         sub.add_argument("--quiet", action="store_true", help="no progress on standard error")
     return parser
@@ -52,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         _stop_on_signals(stop)
         values = vars(build_parser().parse_args(arguments))
         verb = VERBS[values.pop("verb")]
-        options = {name: values.pop(name) for name in ("threads", "dry_run", "json", "quiet")}
+        options = {name: values.pop(name, False) for name in ("threads", "dry_run", "json", "quiet")}
         if not 0 <= options["threads"] <= _MOST_THREADS:
             raise SpecError(f"--threads must be 0 or more, and at most {_MOST_THREADS}.")
         return _run(verb, values, stop, **options)

@@ -50,6 +50,11 @@ def flag_of(name: str, param: Param) -> str:
     return "--" + (param.flag or name).replace("_", "-")
 
 
+def is_positional(param: Param, required: bool) -> bool:
+    """What a verb is about needs no flag, unless it is given one."""
+    return param.kind == FILES and required and not param.flag
+
+
 def _has_blocks(spec: type[Spec]) -> bool:
     params = spec.params()
     return _BLOCKS not in params and any(param.kind == LORAS for param in params.values())
@@ -63,10 +68,10 @@ def _add(parser: argparse.ArgumentParser, name: str, param: Param, required: boo
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text, "required": required}
     if param.kind == FLAG:
         parser.add_argument(flag, action="store_const", const=True, **options)
-    elif param.kind == FILES and required:  # what the verb is about needs no flag
+    elif is_positional(param, required):
         parser.add_argument(name, metavar="FILE", nargs="+", help=text)
-    elif param.kind == FILES:
-        parser.add_argument(flag, metavar="FILE", nargs="+", **options)
+    elif param.kind == FILES:  # several behind one flag, or the flag again for each
+        parser.add_argument(flag, metavar="FILE", nargs="+", action="extend", **options)
     elif param.kind == LORAS:
         parser.add_argument(flag, metavar=("LORA", "WEIGHT [TE_WEIGHT]"), nargs="+", action=_AppendLora, **options)
     else:

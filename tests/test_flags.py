@@ -23,6 +23,7 @@ class Mixed(Spec):
     host_file: str = param(LORA, "Other", "One LoRA.", "", optional=True, flag="onto")
     note: str = param(TEXT, "Note", "Any words.", "none")
     against: tuple[str, ...] = param(FILES, "Against", "More files.", (), optional=True)
+    models: tuple[str, ...] = param(FILES, "Models", "Named by a flag, as there are other files.", (), flag="model")
     deep: bool = param(FLAG, "Deep", "More of it.", False)
 
 
@@ -40,10 +41,11 @@ def parse(*arguments: str) -> Mixed:
 
 def test_every_kind() -> None:
     spec = parse("--lora", "x", "--lora", "y", "-0.5", "--lora", "z", "1e-1", "2", "--onto", "o", "--note", "two words",
-                 "--against", "d", "e", "--deep")  # fmt: skip
+                 "--against", "d", "e", "--deep", "--model", "k", "l", "--model", "m")  # fmt: skip
     assert spec.files == ("a.pt", "b")
     assert spec.loras == (WeightedLora("x"), WeightedLora("y", -0.5), WeightedLora("z", 0.1, 2.0))
     assert (spec.host_file, spec.note, spec.against, spec.deep) == ("o", "two words", ("d", "e"), True)
+    assert spec.models == ("k", "l", "m")
     assert parse("--lora", "x").note == "none"
 
 

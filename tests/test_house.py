@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from lib_hypermerge.cli import build_parser
-from lib_hypermerge.flags import flag_of
+from lib_hypermerge.flags import flag_of, is_positional
 from lib_hypermerge.jobs import spec as kinds
 from lib_hypermerge.jobs.verbs import VERBS
 
@@ -31,14 +31,15 @@ MAY_USE = {
     "jobs": {"algebra", "adapters", "layouts", "files"},
     "hosts": {"jobs", "files"},
     "words": set(),
-    "render": {"jobs", "render_convert", "render_inspect", "words"},
+    "render": {"jobs", "render_convert", "render_hyper", "render_inspect", "words"},
     "render_convert": {"jobs", "words"},
+    "render_hyper": {"jobs", "words"},
     "render_inspect": {"jobs", "words"},
     "synthetic": {"files"},
     "flags": {"jobs"},
     "cli": {"jobs", "hosts", "render", "flags", "words"},
     "api": {"jobs"},
-    "ui": {"jobs", "hosts", "render", "render_convert", "render_inspect", "words", "api"},
+    "ui": {"jobs", "hosts", "render", "render_convert", "render_hyper", "render_inspect", "words", "api"},
     "demo": {"jobs", "hosts", "render", "files", "layouts", "synthetic"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -109,11 +110,11 @@ def test_flags_and_spec_agree() -> None:
         actions = {action.dest: action for action in parser._actions}  # noqa: SLF001
         required = verb.spec.schema()["required"]
         for name, param in verb.spec.params().items():
-            flags = [] if param.kind == kinds.FILES and name in required else [flag_of(name, param)]
+            flags = [] if is_positional(param, name in required) else [flag_of(name, param)]
             assert actions[name].option_strings == flags
             assert actions[name].required == (name in required)
             assert param.label in (actions[name].help or "")
-        own = {"help", "threads", "dry_run", "json", "quiet"}
+        own = {"help", "threads", "json", "quiet"} | (set() if kinds.has_preview(verb.spec) else {"dry_run"})
         blocks = {"blocks"} if any(param.kind == kinds.LORAS for param in verb.spec.params().values()) else set()
         assert actions.keys() == verb.spec.params().keys() | own | blocks
 

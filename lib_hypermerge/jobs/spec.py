@@ -16,6 +16,8 @@ CHECKPOINT, LORA, LORAS, FILES, OUTPUT, TEXT, INTEGER, NUMBER, CHOICE, CHOICES, 
     "checkpoint", "lora", "loras", "files", "output", "text", "integer", "number", "choice", "choices", "flag",
 )  # fmt: skip
 
+PREVIEW = "preview"  # the field of a verb that can be computed and measured without writing
+
 
 @dataclass(frozen=True)
 class WeightedLora:
@@ -127,6 +129,11 @@ class Spec:
         properties = {f.name: _schema(f.metadata["param"], f.default) for f in fields(cls)}
         return {"type": "object", "title": cls.verb, "properties": properties, "required": required,
                 "additionalProperties": False}  # fmt: skip
+
+
+def has_preview(spec: type[Spec]) -> bool:
+    """Whether the job can compute and measure everything without writing; pages offer that as a button."""
+    return PREVIEW in spec.params()
 
 
 def read_text(param: Param, text: str) -> Any:

@@ -126,7 +126,9 @@ class HyperSpec(Spec):
         choices=(("auto", "best there is"), ("cpu", "processor"), ("cuda", "NVIDIA or AMD card"), ("mps", "Apple")),
     )  # fmt: skip
     seed: int = param(INTEGER, "Seed", "The same seed gives the same files.", 0, bounds=(0, 2**63 - 1), advanced=True)
-    preview: bool = param(FLAG, "Preview", "Compute and measure everything, write nothing.", False, advanced=True)
+    preview: bool = param(
+        FLAG, "Preview", "Compute and measure everything, write nothing.", False, advanced=True, flag="dry-run"
+    )
     overwrite: bool = param(FLAG, "Overwrite", "Replace existing files of these names.", False)
 
     @staticmethod
