@@ -30,11 +30,12 @@ def notes(texts: Iterable[str]) -> str:
     return "".join(f'<div class="hypermerge-note">{escape(text)}</div>' for text in texts)
 
 
-def button(verb: str, action: str, argument: str, label: str) -> str:
-    """Calls hypermerge.<action>(argument) in the page's script."""
+def button(verb: str, action: str, argument: str, label: str, number: int | None = None) -> str:
+    """Calls hypermerge.<action>(argument) in the page's script.  number: where a result has several of it."""
     quoted = escape(json.dumps(argument), quote=True)
+    end = "" if number is None else f"_{number}"
     return (
-        f'<button type="button" id="hypermerge_{verb}_{action}" class="hypermerge-button" '
+        f'<button type="button" id="hypermerge_{verb}_{action}{end}" class="hypermerge-button hypermerge-{action}" '
         f'onclick="hypermerge.{action}({quoted})">{escape(label)}</button>'
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .plots import BARS, INK, as_image, in_ink
+from .plots import BARS, INK, as_image, in_ink, short
 
 _NUMBERS_UP_TO = 12  # files, beyond which a matrix has no room for numbers
 
@@ -70,9 +70,9 @@ def matrix_picture(item: dict[str, Any], labels: list[str]) -> str:
     figure = Figure(figsize=(side + 2.5, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(rows, vmin=-1, vmax=1, cmap="RdBu")
-    short = [label if len(label) <= 28 else "…" + label[-27:] for label in labels]
-    axes.set_xticks(range(len(labels)), short, rotation=45, ha="right", fontsize=7)
-    axes.set_yticks(range(len(labels)), short, fontsize=7)
+    names = [short(label) for label in labels]
+    axes.set_xticks(range(len(labels)), names, rotation=45, ha="right", fontsize=7)
+    axes.set_yticks(range(len(labels)), names, fontsize=7)
     if len(labels) <= _NUMBERS_UP_TO:
         for y, row in enumerate(item["cosine"]):
             for x, value in enumerate(row):

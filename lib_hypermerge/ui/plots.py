@@ -38,6 +38,11 @@ def in_ink(all_axes: Iterable[Any]) -> None:
             side.set_color(INK)
 
 
+def short(label: str, most: int = 28) -> str:
+    """A name as a picture has room for it: its end, with signs that matplotlib would read as mathematics."""
+    return (label if len(label) <= most else "…" + label[1 - most :]).replace("$", r"\$")
+
+
 def as_image(figure: Any, alt: str) -> str:
     """An <img> of a matplotlib figure."""
     buffer = io.BytesIO()

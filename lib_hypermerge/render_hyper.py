@@ -1,0 +1,97 @@
+"""A hyper-merge in words: how close each model comes, by which prompt, and at what size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .jobs.report import Report
+from .words import mib, percent
+
+KINDS = {  # of what could stand for the models at the same size
+    "average": "the plain average alone",
+    "own": "a LoRA of its own per model",
+    "greedy": "shared LoRAs (greedy)",
+    "joint": "shared LoRAs (joint)",
+    "container": "a container",
+}
+
+
+def text(report: Report) -> list[str]:
+    """The lines of a finished hyper-merge."""
+    d = report.details
+    lines = [("Preview, nothing was written. " if d["preview"] else "") + headline(report)]
+    width = max(map(len, d["models"]))
+    for model, error in d["models"].items():
+        lines.append(f"  {model:<{width}}  misses {percent(error):>7}  {d['prompts'].get(model, '')}".rstrip())
+    lines += [f"  {name}: {value}" for name, value in describe(report)]
+    return lines
+
+
+def headline(report: Report) -> str:
+    """What it is, and how close it comes as a whole."""
+    d = report.details
+    size = sum(lora["bytes"] for lora in d["loras"])
+    parts = [f"{len(d['loras'])} LoRA{'s' if len(d['loras']) > 1 else ''} ({mib(size)})"] if d["loras"] else []
+    if d["container"]:
+        parts.append(f"a container ({mib(d['container']['bytes'])})")
+    start = "one hyper-model" if d["hyper"] else "their base"
+    what = f"{d['architecture']}: {len(d['models'])} models as {start} and {' and '.join(parts)}"
+    missed = f"{percent(d['residual_share'])} of what tells them apart (squared) is missed"
+    return f"{what}; {missed}."
+
+
+def describe(report: Report) -> list[tuple[str, str]]:
+    """What else there is to say of it; for the terminal and the page alike."""
+    d = report.details
+    rows = [
+        (
+            f"LoRA {lora['name']}",
+            f"rank {lora['rank']}, {mib(lora['bytes'])}, alone it carries {percent(lora['share'])}",
+        )
+        for lora in d["loras"]
+    ]
+    if d["container"]:
+        box = d["container"]
+        rows.append((f"Container {box['name']}", f"{mib(box['bytes'])}, misses {percent(box['residual_share'])}"))
+    rows += [
+        (f"Remainder of {model}", f"{rest['name']}, {mib(rest['bytes'])}, restores {percent(rest['restores'])} of the "
+                                  "error outside the LoRAs (squared)")
+        for model, rest in d["remainders"].items()
+    ]  # fmt: skip
+    rows.append(("Solver", f"{d['solver']}; {loss_trace(d['loss'])}"))
+    if d["alternatives"]:
+        rows.append(("Missed at the same size", alternatives(d["alternatives"])))
+    if d["better"]:
+        rows.append(("LoRAs or container", d["better"]))
+    if len(d["curve"]) > 1:
+        rows.append(("Missed with the first LoRAs only", ", ".join(
+            f"{point['loras']}: {percent(point['residual_share'])} ({mib(point['bytes'])})" for point in d["curve"]
+        )))  # fmt: skip
+    rows.append(("Of the whole change outside the LoRAs' layers", f"{percent(d['rest_share'])} (squared)"))
+    rest = {model: part["rest_error"] for model, part in d["by_model"].items() if part["rest_error"] is not None}
+    if rest:
+        told = ", ".join(f"{model} {percent(error)}" for model, error in rest.items())
+        rows.append(("Relative error of norms, biases and embeddings", told))
+    if d["te_multipliers"] is not None:
+        rows.append(("Multipliers", "text encoders have their own, the first of a prompt's two numbers"))
+    if d["recipe"]:
+        rows.append(("Recipe", d["recipe"]))
+    if d["resumed"]:
+        rows.append(("Resumed", "what an interrupted run had computed was used again"))
+    took = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in d["steps"].items())
+    return [*rows, ("Time", took)] if took else rows
+
+
+def loss_trace(loss: list[float]) -> str:
+    """First and last value, and how many iterations lie between."""
+    if not loss:
+        return "no iterations"
+    if len(loss) == 1:
+        return f"{percent(loss[0])} missed"
+    return f"{percent(loss[0])} … {percent(loss[-1])} missed after {len(loss)} iterations"
+
+
+def alternatives(items: list[dict[str, Any]]) -> str:
+    """The best first."""
+    ordered = sorted(items, key=lambda item: item["residual_share"])
+    return ", ".join(f"{KINDS.get(item['kind'], item['name'])} {percent(item['residual_share'])}" for item in ordered)
