@@ -95,3 +95,32 @@ def alternatives(items: list[dict[str, Any]]) -> str:
     """The best first."""
     ordered = sorted(items, key=lambda item: item["residual_share"])
     return ", ".join(f"{KINDS.get(item['kind'], item['name'])} {percent(item['residual_share'])}" for item in ordered)
+
+
+def fit_text(report: Report) -> list[str]:
+    """The lines of a finished fit."""
+    d = report.details
+    lines = [f"{d['architecture']}: {fit_headline(report)}"]
+    return lines + [f"  {name}: {value}" for name, value in fit_describe(report)]
+
+
+def fit_headline(report: Report) -> str:
+    """How near it comes."""
+    d = report.details
+    return f"of {d['model']}, {d['hyper']} and its LoRAs miss {percent(report.relative_error or 0)} of the change."
+
+
+def fit_describe(report: Report) -> list[tuple[str, str]]:
+    """What else there is to say of it; for the terminal and the page alike."""
+    d = report.details
+    te = d["te_multipliers"]
+    rows = [
+        (f"LoRA {name}", f"{weight:.4f}" + ("" if te is None else f", in text encoders {te[name]:.4f}"))
+        for name, weight in d["multipliers"].items()
+    ]
+    for component, part in d["components"].items():
+        if part["blocks"]:
+            block, worst = max(part["blocks"].items(), key=lambda item: item[1])
+            told = f"{percent(part['relative_error'])}, in the worst block {block} {percent(worst)}"
+            rows.append((f"Missed of {component}", told))
+    return [*rows, ("Of the whole change outside the LoRAs' layers", f"{percent(d['rest_share'])} (squared)")]

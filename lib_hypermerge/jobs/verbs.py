@@ -9,6 +9,7 @@ from types import ModuleType
 from ..errors import SpecError
 from .convert_spec import ConvertSpec
 from .extract_spec import ExtractSpec
+from .hyper.fit_spec import FitSpec
 from .inspect_spec import InspectSpec
 from .merge_spec import MergeSpec
 from .spec import Spec
@@ -35,6 +36,8 @@ VERBS = {
         "convert", "Convert", "A LoRA in another dialect or family, a checkpoint in another number format.",
         ConvertSpec, ".convert",
     ),
+    "fit": Verb("fit", "Fit", "Multipliers of a hyper-model's LoRAs for a checkpoint that was not merged.", FitSpec,
+                ".hyper.fit"),
     "inspect": Verb("inspect", "Inspect", "What model files are, and how alike.", InspectSpec, ".inspect"),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from ..errors import HypermergeError
 from ..jobs.report import Report
 from ..jobs.runner import CANCELLED, DONE, FAILED, Job
 from ..render import mib
-from . import convert_view, extract_view, html, hyper_view, inspect_view, merge_view
+from . import convert_view, extract_view, fit_view, html, hyper_view, inspect_view, merge_view
 
 # verb → what its report shows before the notes
 VIEWS: dict[str, Callable[[Report], str]] = {
@@ -19,6 +19,7 @@ VIEWS: dict[str, Callable[[Report], str]] = {
     "inspect": inspect_view.view,
     "convert": convert_view.view,
     "hyper": hyper_view.view,
+    "fit": fit_view.view,
     "try": merge_view.view,
     "take_back": merge_view.taken_back,
 }
@@ -27,7 +28,7 @@ VIEWS: dict[str, Callable[[Report], str]] = {
 def job_html(job: Job) -> str:
     """Whatever there is to say of a job by now."""
     if job.status == DONE and job.report:
-        return report_html(job.report)
+        return report_html(job.report, job.id)
     if job.status in (FAILED, CANCELLED) and job.error:
         return error_html(job.error)
     return (
@@ -58,12 +59,25 @@ def plan_html(plan: dict[str, Any]) -> str:
         line += f"; {plan['left_out']} layers left out"
     if plan.get("unmatched"):
         line += f"; {plan['unmatched']} keys not in this model"
-    lines = [line, *(escape(warning) for warning in plan.get("warnings", ()))]
+    lines = [line, *_sizes(plan), *(escape(warning) for warning in plan.get("warnings", ()))]
     # tells the graph of block weights how many blocks this model has
     mark = f' data-blocks="{plan["blocks"]}"' if plan.get("blocks") else ""
     return f'<div class="hypermerge-note"{mark}>' + "<br>".join(filter(None, lines)) + "</div>"
 
 
-def report_html(report: Report) -> str:
+def _sizes(plan: dict[str, Any]) -> list[str]:
+    """Of a plan of several LoRAs: how large each will be, and all files together."""
+    loras = plan.get("loras")
+    if not isinstance(loras, list):
+        return []
+    each = ", ".join(f"rank {lora['rank']}: {mib(lora['bytes'])}" for lora in loras)
+    together = [f"{len(loras)} LoRAs <b>{mib(sum(lora['bytes'] for lora in loras))}</b> ({each})"] if loras else []
+    if plan.get("hyper_bytes"):
+        together.append(f"hyper-model {mib(plan['hyper_bytes'])}")
+    return [" + ".join(together)]
+
+
+def report_html(report: Report, job_id: str = "") -> str:
     """The result panel: the verb's view, then notes."""
-    return f'<div class="hypermerge-report">{VIEWS[report.verb](report)}{html.notes(report.warnings)}</div>'
+    told = VIEWS[report.verb](report) + html.notes(report.warnings)
+    return f'<div class="hypermerge-report" data-job="{escape(job_id, quote=True)}">{told}</div>'
