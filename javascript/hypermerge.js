@@ -153,6 +153,17 @@ window.hypermerge = window.hypermerge || (() => {
         if (typeof selectCheckpoint === "function") selectCheckpoint(name);
     }
 
+    // presses the panel's own button, which stands out of sight
+    const styles = (verb) => find(verb, "save_styles")?.click();
+
+    // the job whose result the panel shows
+    const shownJob = (verb) => find(verb, "result")?.querySelector(".hypermerge-report")?.dataset.job || "";
+
+    // the WebUI's lists of styles: what its own refresh buttons do
+    function stylesSaved() {
+        for (const tab of ["txt2img", "img2img"]) root().querySelector(`#refresh_${tab}_styles`)?.click();
+    }
+
     const row = (verb, name, index) => find(verb, `${name}_${index}_row`);
 
     // shows the next of the rows that are in the page already; the button goes with the last
@@ -179,5 +190,6 @@ window.hypermerge = window.hypermerge || (() => {
     }
     if (typeof onUiLoaded === "function") onUiLoaded(markHost); else markHost();
 
-    return {start, ended, resume, resumed, ask, answered, task: (verb) => tasks[verb] || "", copy, send, load, addRow, clearRow};
+    return {start, ended, resume, resumed, ask, answered, task: (verb) => tasks[verb] || "", copy, send, load,
+        styles, shownJob, stylesSaved, addRow, clearRow};
 })();

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from ..jobs.runner import Runner
 from . import webui_model
 from .folders import lora_names
 from .standalone import file_stem
+from .styles import add_styles
 
 if TYPE_CHECKING:  # it needs torch, which nothing here does
     from ..jobs.trial import Trial
@@ -91,6 +92,12 @@ class WebUIHost:
         """The host has filled a model from a file, perhaps one that a trial had changed."""
         if self.trial is not None and self.trial.model.is_of(model):
             self.trial = None
+
+    def add_styles(self, prompts: Mapping[str, str]) -> list[str]:
+        """Keep prompts as styles; returns the names under which the WebUI has them. See styles.add_styles."""
+        from modules import shared
+
+        return add_styles(getattr(shared, "prompt_styles", None), prompts)
 
     def refresh(self) -> None:
         """Let lists, prompt and cards know new files."""

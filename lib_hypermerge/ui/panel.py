@@ -14,10 +14,11 @@ import gradio as gr
 
 from ..errors import HypermergeError, defect
 from ..jobs.runner import QUEUED, RUNNING, Job, Runner, forecast
-from ..jobs.spec import CHECKPOINT, FILES, FLAG, LORA, LORAS, OUTPUT
+from ..jobs.spec import CHECKPOINT, FILES, FLAG, LORA, LORAS, OUTPUT, PREVIEW, has_preview
 from ..jobs.verbs import Verb
 from .compat import AT_ONCE, on, update
 from .results import error_html, job_html, plan_html
+from .styles import StyleControls, offers_styles
 from .trial import TrialControls, offers_trial
 from .widgets import MODELS, Control, Lists, control, element_id, keep_out_of_config, values_of
 
@@ -44,11 +45,14 @@ class Panel:
         def add(field: str) -> None:
             self.controls[field] = control(self.verb.id, field, params[field], defaults[field], lists)
 
+        if has_preview(self.verb.spec):  # a button of its own
+            self.controls[PREVIEW] = Control(params.pop(PREVIEW), [], lambda values: False)
         shown = [f for f, p in params.items() if not p.advanced]
         models = [f for f in shown if params[f].kind in MODELS and params[f].kind != LORAS]
         rest = [f for f in shown if params[f].kind not in MODELS]
         advanced = [f for f, p in params.items() if p.advanced]
-        with gr.Column(elem_id=self._id("panel")):
+        styles = offers_styles(self.verb, self.runner)
+        with gr.Column(elem_id=self._id("panel"), elem_classes=["hypermerge-offers-styles"] if styles else []):
             gr.HTML(f"<p>{self.verb.help}</p>")
             with gr.Row():
                 for field in models:
@@ -64,6 +68,7 @@ class Panel:
             self.forecast = gr.HTML("", elem_id=self._id("plan"))
             with gr.Row():
                 self.run = gr.Button(self.verb.title, variant="primary", elem_id=self._id("run"))
+                self.preview = gr.Button("Preview", elem_id=self._id("preview")) if PREVIEW in self.controls else None
                 self.trial = TrialControls(self.verb, self.runner) if offers_trial(self.verb, self.runner) else None
                 self.interrupt = gr.Button("Interrupt", elem_id=self._id("interrupt"))
             if self.trial:
@@ -73,6 +78,7 @@ class Panel:
             ):
                 gr.HTML("", elem_id=self._id("progress"))
             self.result = gr.HTML("", elem_id=self._id("result"))
+            self.styles = StyleControls(self.verb, self.runner) if styles else None
             # invisible controls are not in the page, so the page's script fills this one through the event's inputs
             self.task = gr.Textbox(visible=False, elem_id=self._id("task"))
             # the last name for the result that was filled in; what was asked about the present choice, and the answer
@@ -80,8 +86,9 @@ class Panel:
             self.asked = gr.Textbox(visible=False, elem_id=self._id("asked"))
             self.answer = gr.Textbox(visible=False, elem_id=self._id("answer"))
             hidden = (self.task, self.suggested, self.asked, self.answer)
-            for component in (*hidden, self.refresh, self.run, self.interrupt):
-                keep_out_of_config(component)
+            for component in (*hidden, self.refresh, self.run, self.preview, self.interrupt):
+                if component is not None:
+                    keep_out_of_config(component)
 
     def _add_rows(self, fields: list[str], params: dict[str, Any], add: Callable[[str], None]) -> None:
         for chunk in _rows(fields, params):
@@ -108,8 +115,12 @@ class Panel:
         components, dropdowns = self.components, [component for component, _ in self.pickers]
         verb = self.verb.id
         started = self._on_job(self.run.click, self.verb, [self.task, *components])
+        if self.preview:
+            self._on_job(self.preview.click, self.verb, [self.task, *components], preview=True)
         if self.trial:
             self.trial.wire(self._on_job, self.task, components)
+        if self.styles:
+            self.styles.wire(self.task)
         on(
             self.interrupt.click, self._interrupt, [self.task], js=f"() => [hypermerge.task({verb!r})]", **AT_ONCE
         )  # fmt: skip
@@ -132,11 +143,11 @@ class Panel:
         js = f"(...values) => hypermerge.answered({verb!r}, values, {len(shown) + 1})"
         on(asked.then, None, [self.answer, *shown], shown, js=js)
 
-    def _on_job(self, event: Callable[..., Any], verb: Verb, inputs: list[Any]) -> Any:
+    def _on_job(self, event: Callable[..., Any], verb: Verb, inputs: list[Any], preview: bool = False) -> Any:
         """An event that runs a job with the page watching it, and shows its result here."""
         panel = self.verb.id
         started = on(
-            event, lambda task, *raw: self._run(verb, task, *raw), inputs, [self.result],
+            event, lambda task, *raw: self._run(verb, task, *raw, preview=preview), inputs, [self.result],
             js=f"(...values) => hypermerge.start({panel!r}, values, {len(inputs)})", show_progress="hidden",
         )  # fmt: skip
         on(started.then, None, js=f"() => hypermerge.ended({panel!r})")
@@ -159,12 +170,14 @@ class Panel:
             for event in (loaded.then, resumed.then):
                 self.trial.show_after(event)
 
-    def _run(self, verb: Verb, task: str, *raw: Any) -> str:
+    def _run(self, verb: Verb, task: str, *raw: Any, preview: bool = False) -> str:
         job_id = task or f"task({secrets.token_hex(8)})"
         try:
             values = self._values(raw) if raw else {}
-            if verb is not self.verb:  # tried in memory, or taken back: there will be no file
+            if verb is not self.verb or preview:  # tried in memory, taken back, or a preview: there will be no file
                 self._name_if_unnamed(values)
+            if preview:
+                values[PREVIEW] = True
             job = self.runner.submit(verb, values, job_id)
             job.wait()
             return job_html(job)
