@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lib_hypermerge.errors import BusyError, OutputError, SpecError
-from lib_hypermerge.files import writer
+from lib_hypermerge.files import unnamed
 from lib_hypermerge.files.metadata import with_hashes
 from lib_hypermerge.files.writer import SafetensorsWriter, check_target
 
@@ -293,7 +293,7 @@ def test_too_little_space_is_told_beforehand(tmp_path):
 @pytest.fixture
 def windows(monkeypatch):
     monkeypatch.delattr(os, "O_TMPFILE")
-    monkeypatch.setattr(writer, "_WINDOWS", True)
+    monkeypatch.setattr(unnamed, "_WINDOWS", True)
 
 
 def test_on_windows_a_target_that_appears_meanwhile_is_kept(tmp_path, windows, monkeypatch):

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from .dtypes import ITEMSIZE
 from .source import TensorFile, TensorInfo
-from .writer import SafetensorsWriter, Written, header_bytes
+from .unnamed import Written
+from .writer import SafetensorsWriter, header_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -139,21 +140,22 @@ class CheckpointWriter(SafetensorsWriter):
             self._queue.put(_ENDED)
             self._thread.join()
 
-    def commit(self) -> Written:  # type: ignore[override]
-        """Flush to the disk and give the file its name. ValueError if the tensors are not those foretold."""
+    def seal(self) -> Written:  # type: ignore[override]
+        """Flush to the disk: all that can take time or fail but the name. ValueError if the tensors are not those
+        foretold."""
         self._join()
         if self._failure is not None:
             raise self._failure
         written = {name: TensorPlan(e["dtype"], tuple(e["shape"])) for name, e in self._entries.items()}
         if list(written.items()) != list(self._expected.items()):
             raise ValueError("what was written is not what the header says")
-        with self._explained():
-            os.fsync(self._fd)
-            self._publish()
-        return Written(self.path, self._start + self._data_size, self._whole.hexdigest(), "")
+        return self._seal(self._start + self._data_size, self._whole.hexdigest(), "")
+
+    def commit(self) -> Written:  # type: ignore[override]
+        """seal() and publish()."""
+        self.seal()
+        return self.publish()
 
     def abort(self) -> None:
         self._join()
         super().abort()
-
-

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from ..errors import BusyError, OutputError, SpecError
-from .writer import check_room, sync_folder
+from .unnamed import sync_folder
+from .writer import check_room
 
 _PART = ".hypermerge-part"
 _OLD = ".hypermerge-old"
