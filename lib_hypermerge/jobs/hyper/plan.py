@@ -1,0 +1,303 @@
+"""What a hyper-merge will read, compute and write; made from headers, and where every refusal happens."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...adapters.lora import tensor_bytes
+from ...algebra.hyper.bases import width_for
+from ...errors import SpecError
+from ...files.checkpoint_writer import TensorPlan
+from ...files.dtypes import ITEMSIZE, OUTPUT_DTYPES
+from ...files.writer import check_room, check_target
+from ..host import Host
+from ..outputs import refuse_inputs
+from . import rests
+from .inputs import Inputs, Layer, open_inputs
+from .recipe import CONTAINER_SUFFIX, SUFFIX
+from .rests import Rest
+from .spec import CONTAINER, LAYERS, LORAS, MOST_LORAS, NONE, HyperSpec, full_count, ranks_of, weights_of
+
+_ENTRY_BYTES = 330  # header text of one module's three tensors, about
+_PROCESS_BYTES = 420 << 20  # Python with torch and what the workers keep, about
+_CORES_BYTES = 384 << 20  # of cores that are held in memory; more are mapped from the work folder
+
+
+@dataclass
+class HyperPlan:
+    """Holds all files open; use as a context or close() it.
+
+    ranks: of the LoRAs, in order; empty where they are planned for a size, or where there is no limit.
+    hyper: the file that will hold the hyper-model, None if none is written.  loras: as many as there may be.
+    """
+
+    spec: HyperSpec
+    inputs: Inputs
+    rests: list[Rest]
+    ranks: tuple[int, ...]
+    model_output: Path
+    loras: list[Path]
+    rest_files: dict[str, Path] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    begun: float = field(default_factory=time.perf_counter)
+
+    def __enter__(self) -> HyperPlan:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.inputs.close()
+
+    @property
+    def models(self) -> int:
+        return len(self.inputs.sources)
+
+    @property
+    def full(self) -> int:
+        """How many LoRAs without a limit of rank are asked for; 0 for ranks."""
+        return 0 if self.spec.size is not None else full_count(self.spec.ranks)
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[OUTPUT_DTYPES[self.spec.dtype]]
+
+    @property
+    def writes_model(self) -> bool:
+        """Whether there is a hyper-model to write: of LoRAs alone, the base is it, unchanged."""
+        return not self.spec.loras_only and bool(self.inputs.models)
+
+    @property
+    def writes_loras(self) -> bool:
+        return self.spec.form != CONTAINER
+
+    @property
+    def writes_container(self) -> bool:
+        return self.spec.form != LORAS
+
+    @property
+    def recipe_output(self) -> Path:
+        return self.model_output.with_name(self.model_output.stem + SUFFIX)
+
+    @property
+    def container_output(self) -> Path:
+        return self.loras[0].parent / f"{self.model_output.stem}{CONTAINER_SUFFIX}"
+
+    @property
+    def work_folder(self) -> Path:
+        return self.model_output.with_name(f".{self.model_output.stem}.hypermerge-work")
+
+    @property
+    def weights(self) -> Sequence[float] | None:
+        return weights_of(self.spec.weights, self.models)
+
+    @property
+    def per_rank(self) -> int:
+        """Numbers that one more rank in every layer takes."""
+        return sum(sum(layer.shape) for layer in self.inputs.layers)
+
+    @property
+    def numbers(self) -> int:
+        """The budget of stored numbers where a size is given, over all LoRAs."""
+        assert self.spec.size is not None
+        overhead = _ENTRY_BYTES * len(self.inputs.layers) * (self.spec.count or 2)
+        return max(0, int((self.spec.size * 2**20 - overhead) / self.itemsize))
+
+    @property
+    def total_rank(self) -> int:
+        """Of all LoRAs together in a layer, foreseen where a size is given; layers may get up to half more."""
+        total = sum(self.ranks) if self.ranks else 0
+        if self.spec.size is not None:
+            total = max(1, round(self.numbers / self.per_rank))
+        return round(1.5 * total) if self.spec.allocation == LAYERS else total
+
+    def lora_bytes(self, rank: int) -> int:
+        """A LoRA's size with that rank in every layer that allows it."""
+        layers = self.inputs.layers
+        factors = sum(tensor_bytes(min(rank, *layer.shape), *layer.shape, self.itemsize) for layer in layers)
+        return factors + _ENTRY_BYTES * len(layers) + 4096
+
+    @property
+    def loras_bytes(self) -> int:
+        if self.spec.size is not None:
+            return int(self.spec.size * 2**20)
+        if self.full:
+            return self.full * sum(layer.module.weight.numel * self.itemsize for layer in self.inputs.layers
+                                   if layer.module.weight)  # fmt: skip
+        return sum(self.lora_bytes(rank) for rank in self.ranks)
+
+    @property
+    def model_bytes(self) -> int:
+        """Of the hyper-model; 0 if none is written."""
+        return sum(plan.nbytes for plan in self.tensors.values()) + (1 << 17) if self.writes_model else 0
+
+    @property
+    def tensors(self) -> dict[str, TensorPlan]:
+        """The hyper-model's tensors in the template's order."""
+        return rests.tensor_plans(self.inputs, self.spec)
+
+    @property
+    def work_bytes(self) -> int:
+        """Of bases and cores on the disk."""
+        return sum(self._work_bytes(layer) for layer in self.inputs.layers) if not self.full else 0
+
+    def _work_bytes(self, layer: Layer) -> int:
+        p, q = width_for(self.total_rank, *layer.shape, self.models)
+        basis = 0 if q == layer.shape[1] else q * layer.shape[1] * self.itemsize
+        return basis + self.cores_bytes(layer)
+
+    def cores_bytes(self, layer: Layer) -> int:
+        p, q = width_for(self.total_rank, *layer.shape, self.models)
+        return 4 * self.models * p * q
+
+    @property
+    def maps_cores(self) -> bool:
+        """Whether the cores are too large to be held."""
+        return sum(map(self.cores_bytes, self.inputs.layers)) > _CORES_BYTES
+
+    @property
+    def bytes_to_read(self) -> int:
+        files = {id(source.file): source.file.size for source in self.inputs.sources}
+        return 2 * sum(files.values())
+
+    @property
+    def expected_bytes(self) -> int:
+        together = self.loras_bytes * ((self.writes_loras and 1) + (self.writes_container and 1))
+        return self.model_bytes + together
+
+    @property
+    def expected_memory(self) -> int:
+        largest = max(layer.module.weight.numel for layer in self.inputs.layers if layer.module.weight)
+        cores = min(_CORES_BYTES, sum(map(self.cores_bytes, self.inputs.layers))) if not self.full else 0
+        return _PROCESS_BYTES + 4 * largest + cores
+
+    def expected_seconds(self, device: str, threads: int) -> float:
+        """A rough forecast of the run."""
+        from ..devices import slowness
+
+        cores = max(1, min(threads or os.cpu_count() or 1, 8))
+        numbers = sum(layer.module.weight.numel for layer in self.inputs.layers if layer.module.weight)
+        products = 2.0 * numbers * self.models * (3 * (2 * self.total_rank + 16) / 150e9 + self.total_rank / 60e9)
+        solving = sum(map(self.cores_bytes, self.inputs.layers)) * 100 / 4e9 if not self.full else 0
+        if device != "cpu":
+            products, solving = products / 20, solving / 20
+        else:
+            products, solving = products * slowness() / cores, solving * slowness()
+        return 1.5 + products + solving + self.bytes_to_read / 3e9 + self.expected_bytes / 1e9
+
+    def to_json(self, host: Host) -> dict[str, Any]:
+        """The forecast; raises DeviceError."""
+        from ..devices import resolve_device
+
+        device = resolve_device(self.spec.device, host.device())
+        ranks = self.ranks if self.writes_loras else ()
+        return {
+            "verb": "hyper",
+            "output": str(self.model_output if self.writes_model else self.loras[0].parent),
+            "architecture": self.inputs.template.title,
+            "models": self.inputs.labels,
+            "modules": len(self.inputs.layers),
+            "loras": [
+                {"name": path.stem, "rank": rank, "bytes": self.lora_bytes(rank)}
+                for path, rank in zip(self.loras, ranks, strict=False)
+            ],
+            "hyper_bytes": self.model_bytes,
+            "expected_bytes": self.expected_bytes,
+            "most_bytes": self.expected_bytes,
+            "bytes_to_read": self.bytes_to_read,
+            "work_bytes": self.work_bytes,
+            "device": device,
+            "expected_memory": self.expected_memory,
+            "expected_seconds": round(self.expected_seconds(device, host.threads()), 1),
+            "warnings": self.warnings,
+        }
+
+
+def make_plan(spec: HyperSpec, host: Host) -> HyperPlan:
+    """Open everything and check what can be known before computing.
+
+    Raises SpecError, FormatError, LayoutError or OutputError.
+    """
+    inputs = open_inputs(spec, host)
+    try:
+        ranks = ranks_of(spec.ranks) if spec.size is None else ()
+        most = len(ranks) or full_count(spec.ranks) if spec.size is None else spec.count or MOST_LORAS
+        model_output = host.checkpoint_output(_in_folder(spec, spec.name))
+        stem = model_output.stem
+        loras = [host.lora_output(_in_folder(spec, f"{_parent(spec.name)}{stem}-{i + 1}")) for i in range(most)]
+        plan = HyperPlan(spec, inputs, rests.plan_rests(inputs, spec, host), ranks, model_output, loras)
+        plan.warnings += inputs.warnings
+        if spec.remainders != NONE:
+            plan.rest_files = {
+                label: host.lora_output(_in_folder(spec, f"{_parent(spec.name)}{stem}-{_plain(label)}-rest"))
+                for label in inputs.labels
+            }
+        if spec.size is not None and plan.numbers < plan.per_rank * (spec.count or 1):
+            least = (plan.per_rank * plan.itemsize + _ENTRY_BYTES * len(inputs.layers)) * (spec.count or 1)
+            raise SpecError(
+                f"{spec.size:g} MiB are too little.",
+                f"{spec.count or 1} LoRAs of rank 1 take about {least / 2**20:.1f} MiB.", "Ask for more.",
+            )  # fmt: skip
+        if not spec.preview:
+            _check_outputs(plan, host)
+    except BaseException:
+        inputs.close()
+        raise
+    return plan
+
+
+def _in_folder(spec: HyperSpec, name: str) -> str:
+    return name if not spec.out_dir else str(Path(spec.out_dir) / name)
+
+
+def _parent(name: str) -> str:
+    """The folder that a name brings itself, with its separator; the command line's names may have one."""
+    return name[: len(name) - len(Path(name).name)]
+
+
+def _plain(label: str) -> str:
+    """A model's label as part of a name that prompts can hold."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
+
+
+def _check_outputs(plan: HyperPlan, host: Host) -> None:
+    """All names are free, and the disks have room for everything together."""
+    spec, inputs = plan.spec, plan.inputs
+    sizes: dict[Path, int] = {}
+    if plan.writes_model:
+        sizes[plan.model_output] = plan.model_bytes
+    if plan.writes_loras:
+        each = [plan.lora_bytes(rank) for rank in plan.ranks]
+        sizes |= dict(zip(plan.loras, each or [plan.loras_bytes // len(plan.loras)] * len(plan.loras), strict=True))
+    sizes |= dict.fromkeys(plan.rest_files.values(), 1 << 20)
+    paths = [source.path for source in inputs.sources] + ([inputs.base.file.path] if inputs.base else [])
+    for path in sizes:
+        if path.parent.is_dir() or not spec.out_dir:
+            check_target(path, 0, spec.overwrite)
+        refuse_inputs(path, paths, host)
+    for path in [plan.recipe_output, *([plan.container_output] if plan.writes_container else [])]:
+        if path.exists() and not spec.overwrite:
+            raise SpecError(f"{path.name} exists already.", hint="Choose another name, or allow overwriting.")
+    sizes[plan.work_folder] = plan.work_bytes
+    if plan.writes_container:
+        sizes[plan.container_output] = plan.loras_bytes
+    by_disk: dict[int, list[Path]] = {}
+    for path in sizes:
+        by_disk.setdefault(_existing(path.parent).stat().st_dev, []).append(path)
+    for together in by_disk.values():
+        check_room(_existing(together[0].parent), f"{spec.name} and its LoRAs", sum(sizes[path] for path in together))
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise SpecError(f"{folder} is no folder.", hint="Choose another folder.")
+    return folder
