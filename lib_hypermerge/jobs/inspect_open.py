@@ -36,17 +36,24 @@ def open_any(path: Path) -> Model | AdapterFile | Other:
     Raises SpecError (nothing there), FormatError (broken) or LayoutError (no tensors).
     """
     try:
+        return open_model(path)
+    except LayoutError as error:
+        other = open_other(path, error)
+        if other is None:
+            raise
+        return other
+
+
+def open_model(path: Path) -> Model | AdapterFile:
+    """A checkpoint or an adapter, open. Raises SpecError, FormatError or LayoutError (neither), which name the file."""
+    try:
         return open_checkpoint(path)
     except (LayoutError, SpecError) as error:
         not_a_checkpoint = error
     try:
         return open_adapter(path)
     except (LayoutError, SpecError) as error:
-        why = _neither(path, not_a_checkpoint, error)
-    other = open_other(path, why) if isinstance(why, LayoutError) else None
-    if other is None:
-        raise why
-    return other
+        raise _neither(path, not_a_checkpoint, error) from None
 
 
 def _neither(path: Path, first: HypermergeError, second: HypermergeError) -> HypermergeError:

@@ -134,7 +134,7 @@ def _references(architecture: str) -> tuple[tuple[Model, dict[str, Target]], ...
 
 def nearest(adapter: AdapterFile) -> tuple[Model | None, float]:
     """identify(), with the member of the architecture that fits best: a model without numbers."""
-    best, best_score, said = None, (0, 0, False, 0), _said(adapter.metadata)
+    best, best_score, said = None, (0, 0, False, 0), said_architecture(adapter.metadata)
     for architecture in IDS:
         for model, own in _references(architecture):
             names = own | _numbered(adapter, model) if adapter.order else own
@@ -152,7 +152,7 @@ def _same_axes(entry: Entry, target: Target) -> bool:
     return down is not None and weight is not None and len(down) == len(weight.shape)
 
 
-def _said(metadata: dict[str, str]) -> str | None:
+def said_architecture(metadata: dict[str, str]) -> str | None:
     """The architecture that a file's metadata names."""
     said = metadata.get("ss_base_model_version", "") + " " + metadata.get("modelspec.architecture", "")
     if metadata.get("ss_v2") == "True" or "sd_v2" in said or "stable-diffusion-v2" in said:

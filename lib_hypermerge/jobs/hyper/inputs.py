@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ...files.source import TensorFile, TensorInfo
-from ...layouts.module import LORA_KINDS, Model, Module
+from ...errors import LayoutError, SpecError
+from ...layouts.module import Model
 from ...layouts.opening import open_checkpoint
 from ..host import Host
+from ..inspect_open import find, open_model
+from . import checks
+from .align import align
+from .lora_source import LoraSource, open_source
+from .sources import CheckpointSource, Layer, Source
 from .spec import HyperSpec
 
+__all__ = ["CheckpointSource", "Inputs", "Layer", "LoraSource", "Source", "blame", "open_inputs"]
 
-@dataclass(frozen=True)
-class Layer:
-    """A weight that a LoRA reaches, as the template spells it."""
-
-    module: Module
-
-    @property
-    def key(self) -> str:
-        return f"{self.module.component}.{self.module.path}"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, k) of the flattened weight."""
-        return self.module.matrix_shape
-
-
-class Source(ABC):
-    """One of the M inputs.  label: its name in reports, unique.  relative: rows are the change of the base."""
-
-    label: str
-    path: Path
-    file: TensorFile
-    relative: bool = False
-
-    @abstractmethod
-    def rows_into(self, layer: Layer, start: int, stop: int, out: torch.Tensor) -> None:
-        """Fill out (stop − start, k) float32 with those rows of the layer's weight. Thread-safe."""
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class CheckpointSource(Source):
-    """A whole model."""
-
-    def __init__(self, label: str, model: Model):
-        self.label, self.model, self.file, self.path = label, model, model.file, model.file.path
-
-    def info(self, layer: Layer) -> TensorInfo:
-        weight = self.model.components[layer.module.component][layer.module.path].weight
-        assert weight is not None
-        return weight
-
-    def rows_into(self, layer: Layer, start: int, stop: int, out: torch.Tensor) -> None:
-        info = self.info(layer)
-        rows = self.file.read(info.rows(start, stop) if info.stride is None else info)
-        out.copy_(rows.reshape(-1, out.shape[1]) if info.stride is None else rows.flatten(1)[start:stop])
+_SLAB = 1 << 20  # numbers at a time
 
 
 @dataclass
@@ -69,7 +29,8 @@ class Inputs:
     """Holds all files open; close() it.
 
     template: the base if there is one, else the first checkpoint; its names are those of the hyper-model.
-    models: those of the sources that are checkpoints, in order.  layers: every weight that a LoRA reaches.
+    models: those of the sources that are checkpoints, in order.  layers: every weight that a LoRA reaches and that
+    all models have, in the order of the template's file; of LoRAs alone, what one of them changes.
     """
 
     template: Model
@@ -99,19 +60,98 @@ class Inputs:
 
 
 def open_inputs(spec: HyperSpec, host: Host) -> Inputs:
-    """Open everything and check what headers tell. Raises SpecError, FormatError, LayoutError or UnchangedError."""
+    """Open everything and check what headers tell. Raises SpecError, FormatError or LayoutError."""
     base = open_checkpoint(host.resolve_checkpoint(spec.base)) if spec.base else None
     sources: list[Source] = []
-    for name in spec.models:
-        model = open_checkpoint(host.resolve_checkpoint(name))
-        sources.append(CheckpointSource(model.file.path.stem, model))
-    first = sources[0]
-    assert isinstance(first, CheckpointSource)
-    template = base or first.model
-    layers = [
-        Layer(module)
-        for modules in template.components.values()
-        for module in modules.values()
-        if module.kind in LORA_KINDS and module.name is not None and module.weight is not None
-    ]
-    return Inputs(template, base, sources, layers)
+    try:
+        for name in spec.models:
+            sources.append(_open_one(name, host, base))
+        for source, label in zip(sources, unique_labels([_stem(source.path) for source in sources]), strict=True):
+            source.label = label
+        template = base or next(s.model for s in sources if isinstance(s, CheckpointSource))
+        out = Inputs(template, base, sources)
+        found = align([template, *(model for model in out.models if model is not template)])
+        out.layers, out.warnings = found.layers, found.warnings
+        checks.refuse(out)
+        _settle_loras(out)
+        out.warnings += checks.warnings(out, spec)
+        return out
+    except BaseException:
+        for source in sources:
+            source.close()
+        if base is not None:
+            base.file.close()
+        raise
+
+
+def blame(inputs: Inputs, layer: Layer) -> list[str]:
+    """The labels of the models (and the base) whose numbers in a layer are NaN or Inf."""
+    sources = [*inputs.sources]
+    if inputs.base is not None:
+        sources.append(CheckpointSource(inputs.base.file.path.name, inputs.base))
+    return list(dict.fromkeys(source.label for source in sources if not _is_finite(source, layer)))
+
+
+def _is_finite(source: Source, layer: Layer) -> bool:
+    n, k = layer.shape
+    height = max(1, _SLAB // max(1, k))
+    for start in range(0, n, height):
+        rows = torch.empty(min(height, n - start), k)
+        source.rows_into(layer, start, start + len(rows), rows)
+        if not bool(torch.isfinite(rows).all()):
+            return False
+    return True
+
+
+def unique_labels(stems: Sequence[str]) -> list[str]:
+    """Each stem once: the second of a kind is called "a (2)". Case does not tell names apart, as in Windows."""
+    out: list[str] = []
+    taken = {stem.casefold() for stem in stems}
+    seen: set[str] = set()
+    for stem in stems:
+        label, number = stem, 1
+        while label.casefold() in seen or (number > 1 and label.casefold() in taken):
+            number += 1
+            label = f"{stem} ({number})"
+        seen.add(label.casefold())
+        out.append(label)
+    return out
+
+
+def _stem(path: Path) -> str:
+    return path.name if path.is_dir() else path.name.removesuffix(".index.json").rsplit(".", 1)[0]
+
+
+def _open_one(name: str, host: Host, base: Model | None) -> Source:
+    """A name of either list; where both have it, the first that is a model of any kind."""
+    paths, errors = find(name, host), []
+    for path in paths:
+        try:
+            model = open_model(path)
+        except (LayoutError, SpecError) as error:
+            errors.append(error)
+            continue
+        if isinstance(model, Model):
+            return CheckpointSource(path.name, model)
+        model.close()
+        if base is None:
+            raise SpecError(
+                f"{path.name} is a LoRA: what it changes is known only beside its base.",
+                hint="Name the base that the LoRAs were trained on, or choose checkpoints.",
+            )
+        return open_source(path, base)
+    raise errors[0]
+
+
+def _settle_loras(inputs: Inputs) -> None:
+    """Where only LoRAs go in, what none of them changes needs no look; what they cannot bring is told."""
+    loras = [source for source in inputs.sources if isinstance(source, LoraSource)]
+    shared = {layer.key for layer in inputs.layers}
+    for lora in loras:
+        inputs.warnings += lora.settle(shared, len(loras))
+    if loras and len(loras) == len(inputs.sources):
+        reached = set().union(*(lora.reached for lora in loras))
+        inputs.layers = [layer for layer in inputs.layers if layer.key in reached]
+        if not inputs.layers:
+            raise LayoutError("None of the LoRAs changes a layer that LoRAs can share.", "They change norms, biases "
+                              "or embeddings only.", "Merge them into a checkpoint instead.")  # fmt: skip

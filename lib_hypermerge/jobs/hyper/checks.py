@@ -1,0 +1,158 @@
+"""What headers tell of models that should be merged with each other: what to refuse, and what a person should know."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...errors import LayoutError
+from ...files.dtypes import EIGHT_BITS, OUTPUT_DTYPES
+from ...layouts.reference import reference_model
+from ...layouts.resolve import said_architecture
+from . import prediction
+from .align import few, file_names
+from .lora_source import LoraSource
+from .sources import CheckpointSource
+from .spec import HyperSpec, full_count, ranks_of
+
+if TYPE_CHECKING:
+    from .inputs import Inputs
+
+_FORMATS = {stored: name for name, stored in (OUTPUT_DTYPES | EIGHT_BITS).items()}
+_ZERO_SNR = "ztsnr"
+
+
+def refuse(inputs: Inputs) -> None:
+    """LayoutError for LoRAs of another architecture by their own word, and for v-prediction beside epsilon."""
+    for source in inputs.sources:
+        if not isinstance(source, LoraSource):
+            continue
+        said = said_architecture(source.lora.file.metadata)
+        if said is not None and said != inputs.template.architecture.id:
+            raise LayoutError(
+                f"{source.path.name} says that it was trained on {reference_model(said).architecture.title}.",
+                f"{inputs.template.file.path.name} is {inputs.template.title}.",
+                "Name the base that the LoRA was trained on.",
+            )
+    found = predictions(inputs)
+    v, epsilon = ([name for name, kind in found if kind == wanted] for wanted in (prediction.V, prediction.EPSILON))
+    if v and epsilon:
+        raise LayoutError(
+            f"{few(v)}: v-prediction; {few(epsilon)}: epsilon.",
+            "What they compute is not comparable: a mean of both gives noise.",
+            "Merge models of one kind of prediction only.",
+        )
+
+
+def predictions(inputs: Inputs) -> list[tuple[str, str]]:
+    """(file name, what it predicts or "") of the base, all checkpoints, and those LoRAs that say it."""
+    models = ([] if inputs.base is None else [inputs.base]) + inputs.models
+    names = file_names([model.file.path for model in models])
+    out = [(name, prediction.of_model(model)) for name, model in zip(names, models, strict=True)]
+    loras = (source for source in inputs.sources if isinstance(source, LoraSource))
+    said = ((lora.path.name, prediction.of_lora(lora.lora.file.metadata)) for lora in loras)
+    return out + [(name, kind) for name, kind in said if kind]
+
+
+def warnings(inputs: Inputs, spec: HyperSpec) -> list[str]:
+    """One sentence each."""
+    return [
+        *_repeated(inputs),
+        *_members(inputs),
+        *_mixed_formats(inputs),
+        *_other_bases(inputs),
+        *_too_many(inputs, spec),
+        *_too_high(inputs, spec),
+    ]
+
+
+def _independent(inputs: Inputs) -> int:
+    """How many changes can be independent: of the files that differ all, but one for their mean, or the base."""
+    files = [] if inputs.base is None else [inputs.base.file]
+    for source in inputs.sources:
+        if not any(source.file.is_same(file) for file in files):
+            files.append(source.file)
+    return len(files) - 1
+
+
+def _repeated(inputs: Inputs) -> list[str]:
+    out, told = [], set()
+    for i, source in enumerate(inputs.sources):
+        if inputs.base is not None and source.file.is_same(inputs.base.file):
+            out.append(f"{source.label} is the base itself: it changes nothing, and its multipliers are 0.")
+        same = [other.label for other in inputs.sources[i + 1 :] if other.file.is_same(source.file)]
+        if same and source.label not in told:
+            out.append(f"{source.label} and {' and '.join(same)} are the same file: their multipliers become dependent"
+                       f"{', and it counts so many times in the mean' if inputs.base is None else ''}.")  # fmt: skip
+        told.update(same)
+    return out
+
+
+def _members(inputs: Inputs) -> list[str]:
+    """Models that can be merged and yet differ in kind."""
+    models = ([] if inputs.base is None else [inputs.base]) + inputs.models
+    out = []
+    titles = dict.fromkeys(model.title for model in models)
+    if len(titles) > 1:
+        out.append(f"The models are of several kinds whose layers are alike: {', '.join(titles)}.")
+    marked = [model.file.path.name for model in models if _ZERO_SNR in model.file.tensors]
+    if 0 < len(marked) < len(models):
+        out.append(f"Only {few(marked)} is marked for zero terminal SNR; no LoRA carries that.")
+    unknown = [name for name, kind in predictions(inputs) if not kind]
+    if models[0].architecture.id in prediction.UNTOLD and unknown:
+        out.append(f"{few(unknown)}: the file does not say whether the model predicts v or "
+                   "epsilon; merging one kind with the other gives noise.")  # fmt: skip
+    return out
+
+
+def _mixed_formats(inputs: Inputs) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for source in inputs.sources:
+        if isinstance(source, CheckpointSource):
+            formats = {source.info(layer).dtype for layer in inputs.layers}
+            found.setdefault(" and ".join(sorted(_FORMATS.get(f, f) for f in formats)), []).append(source.label)
+    if len(found) < 2:
+        return []
+    shown = "; ".join(f"{', '.join(labels)}: {formats}" for formats, labels in found.items())
+    return [
+        f"The models are stored in different number formats ({shown}): the coarser one's rounding counts as change."
+    ]
+
+
+def _other_bases(inputs: Inputs) -> list[str]:
+    """LoRAs that name another model than the base as theirs. Names say little: a file is renamed easily."""
+    if inputs.base is None:
+        return []
+    own = inputs.base.file.path
+    named = {
+        source.label: source.lora.file.metadata.get("ss_sd_model_name", "").replace("\\", "/").rsplit("/", 1)[-1]
+        for source in inputs.sources
+        if isinstance(source, LoraSource)
+    }
+    others = {label: name for label, name in named.items() if name and _stem(name) not in (_stem(own.name), own.name)}
+    if not others:
+        return []
+    shown = [f"{label} on {name}" for label, name in others.items()]
+    return [f"LoRAs say that they were trained on other models than {own.name}: {few(shown)}; "
+            "their changes are taken as changes of the base all the same."]  # fmt: skip
+
+
+def _stem(name: str) -> str:
+    return name.rsplit(".", 1)[0].casefold()
+
+
+def _too_many(inputs: Inputs, spec: HyperSpec) -> list[str]:
+    most = _independent(inputs)
+    count = spec.count if spec.size is not None else len(ranks_of(spec.ranks)) or full_count(spec.ranks)
+    if count is None or count <= most:
+        return []
+    return [f"{count} LoRAs for {len(inputs.sources)} models: the multipliers of more than {most} depend on each "
+            "other; the smallest are taken (pseudo-inverse)."]  # fmt: skip
+
+
+def _too_high(inputs: Inputs, spec: HyperSpec) -> list[str]:
+    rank = max(ranks_of(spec.ranks), default=0)
+    small = [layer.key for layer in inputs.layers if min(layer.shape) < rank]
+    if spec.size is not None or not small:
+        return []
+    return [f"Rank {rank} is more than {len(small)} of {len(inputs.layers)} layers have room for "
+            f"({few(small)}): limited to their size there."]  # fmt: skip
