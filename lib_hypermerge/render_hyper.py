@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .jobs.report import Report
-from .words import mib, percent
+from .words import counts, mib, percent
 
 KINDS = {  # of what could stand for the models at the same size
     "average": "the plain average alone",
@@ -99,8 +99,7 @@ def alternatives(items: list[dict[str, Any]]) -> str:
 
 def fit_text(report: Report) -> list[str]:
     """The lines of a finished fit."""
-    d = report.details
-    lines = [f"{d['architecture']}: {fit_headline(report)}"]
+    lines = [f"{report.details['architecture']}: {fit_headline(report)}"]
     return lines + [f"  {name}: {value}" for name, value in fit_describe(report)]
 
 
@@ -113,14 +112,21 @@ def fit_headline(report: Report) -> str:
 def fit_describe(report: Report) -> list[tuple[str, str]]:
     """What else there is to say of it; for the terminal and the page alike."""
     d = report.details
-    te = d["te_multipliers"]
-    rows = [
-        (f"LoRA {name}", f"{weight:.4f}" + ("" if te is None else f", in text encoders {te[name]:.4f}"))
-        for name, weight in d["multipliers"].items()
-    ]
+    rows = []
+    for lora in d["loras"]:
+        number, te = d["multipliers"][lora["name"]], d["te_multipliers"]
+        told = f"{number:.4f}" if te is None else f"{number:.4f}, in text encoders {te[lora['name']]:.4f}"
+        told += f"; {lora['modules']} modules ({counts(lora['families'])})"
+        rows.append(
+            (f"Multiplier of {lora['name']}", told + (f", {lora['unmatched']} of no use" if lora["unmatched"] else ""))
+        )
     for component, part in d["components"].items():
+        told = (
+            f"{percent(part['relative_error'])}, where {percent(part['share_of_change'])} of the change (squared) lies"
+        )
         if part["blocks"]:
-            block, worst = max(part["blocks"].items(), key=lambda item: item[1])
-            told = f"{percent(part['relative_error'])}, in the worst block {block} {percent(worst)}"
-            rows.append((f"Missed of {component}", told))
-    return [*rows, ("Of the whole change outside the LoRAs' layers", f"{percent(d['rest_share'])} (squared)")]
+            worst = max(part["blocks"], key=lambda block: part["blocks"][block])
+            told += f"; worst block {worst} ({percent(part['blocks'][worst])})"
+        rows.append((f"Error in {component}", told))
+    rows.append(("Of the whole change outside the LoRAs' layers", f"{percent(d['rest_share'])} (squared)"))
+    return rows

@@ -28,7 +28,7 @@ MAY_USE = {
     "files": set(),
     "adapters": {"algebra", "lazy"},
     "layouts": {"files"},
-    "jobs": {"algebra", "adapters", "layouts", "files"},
+    "jobs": {"algebra", "adapters", "layouts", "files", "words"},
     "hosts": {"jobs", "files"},
     "words": set(),
     "render": {"jobs", "render_convert", "render_hyper", "render_inspect", "words"},

@@ -1,4 +1,4 @@
-"""The result of fit: the prompt for a model that was not merged, and how near it comes."""
+"""The result of fit: the prompt, how much it misses and where, the multipliers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from html import escape
 from ..jobs.report import Report
 from ..render_hyper import fit_describe, fit_headline
 from . import html
+from .hyper_plots import fit_picture
 
 
 def view(report: Report) -> str:
     """Of a finished fit."""
-    text = fit_headline(report)
-    return f"<p>{escape(text[:1].upper() + text[1:])}</p>" + html.prompt(report) + html.table(fit_describe(report))
+    told = fit_headline(report)
+    picture = html.picture(lambda: fit_picture(report.details))
+    headline = f"<p>{escape(told[0].upper() + told[1:])}</p>"
+    return headline + html.prompt(report) + picture + html.table(fit_describe(report))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..jobs.hyper.recipe import Multipliers
 from ..render_hyper import KINDS
 from ..words import percent
-from .plots import BARS, INK, LINE, as_image, in_ink, short
+from .plots import BARS, INK, LINE, as_image, block_bars, in_ink, short
 
 COLORS = (*BARS, "#72b7b2", "#eeca3b", "#9d755d", "#ff9da6")
 _MARKERS = {"average": "x", "own": "s", "greedy": "^", "joint": "o", "container": "D"}
@@ -31,26 +32,26 @@ def multipliers_picture(details: dict[str, Any]) -> str:
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     axes = figure.subplots()
-    models, loras = list(details["multipliers"]), [lora["name"] for lora in details["loras"]]
-    width = 0.8 / len(loras)
-    for i, lora in enumerate(loras):
-        places = [m + (i + 0.5) * width - 0.4 for m in range(len(models))]
-        heights = [details["multipliers"][model][lora] for model in models]
-        axes.bar(places, heights, width=0.9 * width, color=COLORS[i % len(COLORS)], label=str(i + 1))
-        if details["te_multipliers"] is not None:
-            marks = [details["te_multipliers"][model][lora] for model in models]
-            axes.plot(places, marks, linestyle="none", marker="D", markersize=4, color=INK,
-                      label="text encoders" if i == len(loras) - 1 else None)  # fmt: skip
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_xticks(range(len(models)), [short(model) for model in models], fontsize=7,
-                    **({"rotation": 45, "ha": "right"} if len(models) > _MANY else {}))  # fmt: skip
-    axes.set_ylabel("multiplier")
-    axes.set_title("Multiplier of each LoRA", fontsize=10)
-    legend = axes.legend(title="LoRA", fontsize=7, title_fontsize=7, framealpha=0, labelcolor=INK, loc="center left",
-                         bbox_to_anchor=(1, 0.5))  # fmt: skip
-    legend.get_title().set_color(INK)
+    _multipliers(axes, details["multipliers"], details["te_multipliers"])
     in_ink([axes])
     return as_image(figure, "Multipliers of every model")
+
+
+def fit_picture(details: dict[str, Any]) -> str:
+    """An <img> of a fit: relative error per block, and the multipliers."""
+    from matplotlib.figure import Figure
+
+    components = {
+        name: {"blocks": {block: {"relative_error": error} for block, error in part["blocks"].items()}}
+        for name, part in details["components"].items()
+    }
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    block_bars(left, components, "What the LoRAs miss, per block")
+    te = details["te_multipliers"]
+    _multipliers(right, {details["model"]: details["multipliers"]}, None if te is None else {details["model"]: te})
+    in_ink((left, right))
+    return as_image(figure, "Relative error per block, and multipliers")
 
 
 def blocks_picture(by_model: dict[str, Any]) -> str:
@@ -79,6 +80,27 @@ def blocks_picture(by_model: dict[str, Any]) -> str:
     axes.set_title("Relative error of each model in each block, %", fontsize=10)
     in_ink([axes])
     return as_image(figure, "Relative error of every model in every block")
+
+
+def _multipliers(axes: Any, of_unet: Multipliers, of_te: Multipliers | None) -> None:
+    models, loras = list(of_unet), list(next(iter(of_unet.values())))
+    width = 0.8 / len(loras)
+    for i, lora in enumerate(loras):
+        places = [m + (i + 0.5) * width - 0.4 for m in range(len(models))]
+        heights = [of_unet[model][lora] for model in models]
+        axes.bar(places, heights, width=0.9 * width, color=COLORS[i % len(COLORS)], label=str(i + 1))
+        if of_te is not None:
+            marks = [of_te[model][lora] for model in models]
+            axes.plot(places, marks, linestyle="none", marker="D", markersize=4, color=INK,
+                      label="text encoders" if i == len(loras) - 1 else None)  # fmt: skip
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_xticks(range(len(models)), [short(model) for model in models], fontsize=7,
+                    **({"rotation": 45, "ha": "right"} if len(models) > _MANY else {}))  # fmt: skip
+    axes.set_ylabel("multiplier")
+    axes.set_title("Multiplier of each LoRA", fontsize=10)
+    legend = axes.legend(title="LoRA", fontsize=7, title_fontsize=7, framealpha=0, labelcolor=INK, loc="center left",
+                         bbox_to_anchor=(1, 0.5))  # fmt: skip
+    legend.get_title().set_color(INK)
 
 
 def _sizes(axes: Any, details: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 INK, BARS, LINE = "#888888", ("#4c78a8", "#f58518", "#54a24b", "#b279a2"), "#e45756"
 
+_TITLE = "What the LoRA misses, per block"
+
 
 def errors_picture(details: dict[str, Any]) -> str:
     """An <img> of an extraction: relative error per block, and error against file size over ranks."""
@@ -17,11 +19,11 @@ def errors_picture(details: dict[str, Any]) -> str:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     if not details["curve"]:  # nothing with ranks
         axes = figure.subplots()
-        _bars(axes, details["components"])
+        block_bars(axes, details["components"], _TITLE)
         in_ink((axes,))
         return as_image(figure, "Relative error per block")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _bars(left, details["components"])
+    block_bars(left, details["components"], _TITLE)
     _curve(right, details["curve"])
     in_ink((left, right))
     return as_image(figure, "Relative error per block, and error over rank")
@@ -51,7 +53,8 @@ def as_image(figure: Any, alt: str) -> str:
     return f'<img class="hypermerge-picture" alt="{alt}" src="data:image/png;base64,{data}">'
 
 
-def _bars(axes: Any, components: dict[str, Any]) -> None:
+def block_bars(axes: Any, components: dict[str, Any], title: str) -> None:
+    """Relative errors of all blocks, by component."""
     start, ticks, names = 0, [], []
     for (component, part), color in zip(components.items(), BARS, strict=False):
         heights = [100 * block["relative_error"] for block in part["blocks"].values()]
@@ -62,7 +65,7 @@ def _bars(axes: Any, components: dict[str, Any]) -> None:
         start += len(heights) + 1
     axes.set_xticks(ticks, names, rotation=90, fontsize=6)
     axes.set_ylabel("relative error, %")
-    axes.set_title("What the LoRA misses, per block", fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.set_ylim(top=1.15 * max(axes.get_ylim()[1], 1e-9))
     axes.legend(fontsize=7, framealpha=0, labelcolor=INK, ncols=len(components), loc="upper right")
 

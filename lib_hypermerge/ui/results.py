@@ -66,15 +66,16 @@ def plan_html(plan: dict[str, Any]) -> str:
 
 
 def _sizes(plan: dict[str, Any]) -> list[str]:
-    """Of a plan of several LoRAs: how large each will be, and all files together."""
-    loras = plan.get("loras")
-    if not isinstance(loras, list):
+    """Of a plan with a hyper-model: how large each file will be, and what the run needs."""
+    if "hyper_bytes" not in plan:
         return []
-    each = ", ".join(f"rank {lora['rank']}: {mib(lora['bytes'])}" for lora in loras)
-    together = [f"{len(loras)} LoRAs <b>{mib(sum(lora['bytes'] for lora in loras))}</b> ({each})"] if loras else []
-    if plan.get("hyper_bytes"):
-        together.append(f"hyper-model {mib(plan['hyper_bytes'])}")
-    return [" + ".join(together)]
+    loras = plan["loras"]
+    files = [f"hyper-model {mib(plan['hyper_bytes'])}"] if plan["hyper_bytes"] else []
+    if loras:
+        each = ", ".join(f"rank {lora['rank']}: {mib(lora['bytes'])}" for lora in loras)
+        files.append(f"LoRAs <b>{mib(sum(lora['bytes'] for lora in loras))}</b> ({each})")
+    needs = f"needs {mib(plan['expected_memory'])} of memory, reads {mib(plan['bytes_to_read'])}"
+    return [" + ".join(files), needs]
 
 
 def report_html(report: Report, job_id: str = "") -> str:
