@@ -59,7 +59,8 @@ class _Change:
         self.vector = weight.dim() == 1 and weight.dtype != torch.int64
         self.matrix = weight.dim() > 1 and "first_stage" not in key and "embedding" not in key
         if self.matrix:
-            p, floor, strength = torch.rand(3, generator=torch.Generator().manual_seed(zlib.crc32(key.encode()))).tolist()
+            dice = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            p, floor, strength = torch.rand(3, generator=dice).tolist()
             flat = weight.flatten(1)
             self.spectrum = torch.arange(1, min(256, *flat.shape) + 1).float() ** -(0.4 + 0.8 * p)
             self.floor, self.strength = 0.03 * 10**floor, 0.02 * 4**strength * float(flat.norm())

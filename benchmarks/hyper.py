@@ -158,9 +158,10 @@ def _report(results: dict[str, Any]) -> None:
             line += f"{other['projected']:14.0f}{share}{other['projected'] / own['wall_median']:7.1f}×"
         print(line)
     for count, other in results["published"].items():
-        print(f"  published, {count} models: {other['prepare']:.1f} s to read and subtract, {other['iterations']} times "
-              f"{other['iteration']:.1f} s, of which SVDs {other['svd_seconds']:.0f} s in all; projected from one "
-              f"timing of each of {len(other['shapes'])} shapes; it holds {other['needs_mib']:.0f} MiB of float32")  # fmt: skip
+        print(f"  published, {count} models: {other['prepare']:.1f} s to read and subtract, "
+              f"{other['iterations']} iterations of {other['iteration']:.1f} s, {other['svd_seconds']:.0f} s of it all "
+              f"in SVDs; projected from one timing of each of {len(other['shapes'])} shapes; it holds "
+              f"{other['needs_mib']:.0f} MiB of float32")  # fmt: skip
     for count, own in results["ours"].items():
         steps = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in own["steps"].items())
         print(f"  ours, {count} models, inside: {steps}; {len(own['loss'])} iterations")

@@ -33,7 +33,8 @@ class Family:
 
 def reached(weights: Weights) -> list[str]:
     """Keys of the matrices and convolutions that change."""
-    return [k for k, w in weights.items() if w.dim() > 1 and w.is_floating_point() and not is_vae(k) and "embed" not in k]
+    matrices = (key for key, weight in weights.items() if weight.dim() > 1 and weight.is_floating_point())
+    return [key for key in matrices if not is_vae(key) and "embed" not in key]
 
 
 def product(key: str, base: Weights, spectrum: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

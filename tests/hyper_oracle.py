@@ -97,6 +97,13 @@ def is_lora(path: Path) -> bool:
         return any(key.endswith((".lora_down.weight", ".alpha")) for key in file.keys())  # noqa: SIM118
 
 
+def load_reached(path: Path) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint that a LoRA reaches; (n, k) float64."""
+    with ExitStack() as stack:
+        weights = Weights(path, stack)
+        return {name: weights(name) for name in weights.names}
+
+
 def component_of(name: str) -> str:
     """`unet`, `te`, `te1` … of lora_unet_…"""
     return name.split("_")[1]
