@@ -81,5 +81,5 @@ def _more(items: list[str], shown: int) -> str:
 TEXTS: dict[str, Callable[[Report], list[str]]] = {
     "extract": _extract, "merge": _merge, "inspect": render_inspect.text,
     "convert": render_convert.text, "hyper": render_hyper.text,
-    "fit": render_hyper.fit_text,
+    "fit": render_hyper.fit_text, "restore": render_hyper.restore_text,
 }  # fmt: skip

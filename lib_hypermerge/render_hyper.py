@@ -130,3 +130,36 @@ def fit_describe(report: Report) -> list[tuple[str, str]]:
         rows.append((f"Error in {component}", told))
     rows.append(("Of the whole change outside the LoRAs' layers", f"{percent(d['rest_share'])} (squared)"))
     return rows
+
+
+def restore_text(report: Report) -> list[str]:
+    """The lines of a finished restoration."""
+    d = report.details
+    lines = [f"{d['architecture']}: {restore_headline(report)}"]
+    return lines + [f"  {name}: {value}" for name, value in restore_describe(report)]
+
+
+def restore_headline(report: Report) -> str:
+    """What it is of."""
+    d = report.details
+    what = d["model"] or "a blend"
+    return f"{what} as {'one LoRA' if d['kind'] == 'lora' else 'a checkpoint'}, from {d['hyper'] or d['container']}."
+
+
+def restore_describe(report: Report) -> list[tuple[str, str]]:
+    """What else there is to say of it; for the terminal and the page alike."""
+    d = report.details
+    te = d["te_multipliers"]
+    rows = [
+        (f"LoRA {name}", f"{weight:g}" + ("" if te is None else f", in text encoders {te[name]:g}"))
+        for name, weight in d["multipliers"].items()
+    ]
+    if d["remainder"]:
+        rows.append(("Remainder", d["remainder"]))
+    if d["expected_error"] is not None:
+        rows.append(("Missed of the original's change", percent(d["expected_error"])))
+    rows.append(("Modules by component", counts(d["components"])))
+    if d["kind"] == "lora":
+        rows.append(("Modules by rank", ", ".join(f"{count} of {rank}" for rank, count in d["ranks"].items())))
+        rows.append(("Lost by rank and rounding", percent(report.relative_error or 0)))
+    return rows

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,12 @@ class MergePlan:
         }
 
 
-def make_plan(spec: MergeSpec, host: Host) -> MergePlan:
-    """Open and check everything. Raises SpecError, FormatError, LayoutError, UnchangedError, OutputError."""
-    plan = plan_change(spec, host, host.checkpoint_output(spec.out))
+def make_plan(spec: MergeSpec, host: Host, paths: Sequence[Path] | None = None) -> MergePlan:
+    """Open and check everything. Raises SpecError, FormatError, LayoutError, UnchangedError, OutputError.
+
+    paths: of the LoRAs, where these are not to be looked up by their names.
+    """
+    plan = plan_change(spec, host, host.checkpoint_output(spec.out), paths)
     try:
         refuse_inputs(plan.output, [plan.model.file.path, *(lora.path for lora in plan.loras)], host)
         plan.metadata = merged_metadata(spec, plan.model, plan.loras, plan.output.stem)
@@ -146,13 +150,13 @@ def make_plan(spec: MergeSpec, host: Host) -> MergePlan:
     return plan
 
 
-def plan_change(spec: MergeSpec, host: Host, output: Path) -> MergePlan:
+def plan_change(spec: MergeSpec, host: Host, output: Path, paths: Sequence[Path] | None = None) -> MergePlan:
     """The same for the change alone: nothing is asked of the output."""
     model = open_checkpoint(host.resolve_checkpoint(spec.checkpoint))
     plan = MergePlan(spec, output, model)
     try:
-        for item in spec.loras:
-            lora = open_lora(host.resolve_lora(item.lora), model)
+        for index, item in enumerate(spec.loras):
+            lora = open_lora(host.resolve_lora(item.lora) if paths is None else paths[index], model)
             plan.loras.append(lora)
             _add_steps(plan, lora, item)
         _plan_tensors(plan)

@@ -10,6 +10,7 @@ from ..errors import SpecError
 from .convert_spec import ConvertSpec
 from .extract_spec import ExtractSpec
 from .hyper.fit_spec import FitSpec
+from .hyper.restore_spec import RestoreSpec
 from .inspect_spec import InspectSpec
 from .merge_spec import MergeSpec
 from .spec import Spec
@@ -38,6 +39,10 @@ VERBS = {
     ),
     "fit": Verb("fit", "Fit", "Multipliers of a hyper-model's LoRAs for a checkpoint that was not merged.", FitSpec,
                 ".hyper.fit"),
+    "restore": Verb(
+        "restore", "Restore", "A model of a hyper-merge, or a blend of them, as a checkpoint or as one LoRA.",
+        RestoreSpec, ".hyper.restore",
+    ),
     "inspect": Verb("inspect", "Inspect", "What model files are, and how alike.", InspectSpec, ".inspect"),
 }  # fmt: skip
 

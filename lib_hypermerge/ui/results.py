@@ -10,7 +10,7 @@ from ..errors import HypermergeError
 from ..jobs.report import Report
 from ..jobs.runner import CANCELLED, DONE, FAILED, Job
 from ..render import mib
-from . import convert_view, extract_view, fit_view, html, hyper_view, inspect_view, merge_view
+from . import convert_view, extract_view, fit_view, html, hyper_view, inspect_view, merge_view, restore_view
 
 # verb → what its report shows before the notes
 VIEWS: dict[str, Callable[[Report], str]] = {
@@ -20,6 +20,7 @@ VIEWS: dict[str, Callable[[Report], str]] = {
     "convert": convert_view.view,
     "hyper": hyper_view.view,
     "fit": fit_view.view,
+    "restore": restore_view.view,
     "try": merge_view.view,
     "take_back": merge_view.taken_back,
 }

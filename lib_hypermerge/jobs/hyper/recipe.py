@@ -62,6 +62,11 @@ def snippet(weights: Mapping[str, float], te_weights: Mapping[str, float] | None
     return "".join(out)
 
 
+def as_said(number: float) -> float:
+    """A multiplier as rounded as a prompt says it."""
+    return float(_short(number))
+
+
 def _short(number: float) -> str:
     return f"{round(number, 6):g}" if abs(number) >= 5e-7 else "0"
 
