@@ -26,13 +26,16 @@ def offers_styles(verb: Verb, runner: Runner) -> bool:
 
 
 def styles_of(report: Report | None) -> dict[str, str]:
-    """Name → prompt of every model that has one. SpecError where there are none, or their LoRAs were not written."""
+    """Name → style of every model that has a prompt. SpecError where none has, or the LoRAs were not written.
+
+    With {prompt} in front: without it, a WebUI joins prompt and style by a comma, and the picture would change.
+    """
     d = report.details if report else {}
     prompts = {model: prompt for model, prompt in d.get("prompts", {}).items() if prompt}
     if not prompts or d["preview"]:
         raise SpecError("There are no prompts to save.", "The result has none, or its LoRAs were not written.")
     family = Path(d["hyper"]).stem if d["hyper"] else d["loras"][0]["name"].rpartition("-")[0]
-    return {f"{family}: {model}": prompt for model, prompt in prompts.items()}
+    return {f"{family}: {model}": f"{{prompt}} {prompt}" for model, prompt in prompts.items()}
 
 
 class StyleControls:
