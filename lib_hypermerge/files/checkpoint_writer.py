@@ -86,7 +86,7 @@ class CheckpointWriter(SafetensorsWriter):
         self._thread = threading.Thread(target=self._hash, name="hypermerge-hash", daemon=True)
         self._thread.start()
         try:
-            with self._explained():
+            with self.explained():
                 os.lseek(self._fd, 0, os.SEEK_SET)
                 self._put(memoryview(len(self._head).to_bytes(8, "little") + self._head))
         except BaseException:
@@ -118,7 +118,7 @@ class CheckpointWriter(SafetensorsWriter):
             self._put(piece)
 
     def _put(self, raw: memoryview) -> None:
-        with self._explained():
+        with self.explained():
             self._write(raw)
         self._queue.put(raw)
 

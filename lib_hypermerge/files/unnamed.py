@@ -45,7 +45,7 @@ class UnnamedFile:
         self._spare = self.path.with_name(f".{self.path.stem}-{secrets.token_hex(4)}{_PART}")
         self._part: Path | None = None
         _remove_stale_parts(self.path.parent)
-        with self._explained():
+        with self.explained():
             self._fd = self._open()
 
     @property
@@ -63,7 +63,7 @@ class UnnamedFile:
         return fd
 
     @contextlib.contextmanager
-    def _explained(self):
+    def explained(self):
         try:
             yield
         except OSError as error:
@@ -86,7 +86,7 @@ class UnnamedFile:
 
     def _seal(self, nbytes: int, sha256: str, data_sha256: str) -> Written:
         """Flush to the disk; from now on nothing is written."""
-        with self._explained():
+        with self.explained():
             os.fsync(self._fd)
             stat = os.fstat(self._fd)
         self._inode = stat.st_dev, stat.st_ino
@@ -106,7 +106,7 @@ class UnnamedFile:
         OutputError if the system refuses."""
         if self.sealed is None:
             raise ValueError("the file was not sealed")
-        with self._explained():
+        with self.explained():
             if self._part is None:
                 self._link()
             os.close(self._fd)
@@ -188,7 +188,7 @@ class TextWriter(UnnamedFile):
     def seal(self) -> Written:
         """Write the text and flush it to the disk. OutputError if that fails."""
         raw = self._text.encode()
-        with self._explained():
+        with self.explained():
             self._write(memoryview(raw))
         digest = hashlib.sha256(raw).hexdigest()
         return self._seal(len(raw), digest, digest)

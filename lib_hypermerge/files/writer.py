@@ -74,7 +74,7 @@ class SafetensorsWriter(UnnamedFile):
         self._data_hash = hashlib.sha256()
         self._start = 8 + (header_reserve + 7) // 8 * 8
         super().__init__(path, overwrite)
-        with self._explained():
+        with self.explained():
             os.lseek(self._fd, self._start, os.SEEK_SET)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -94,7 +94,7 @@ class SafetensorsWriter(UnnamedFile):
         self._data_size = stop
 
     def _put(self, raw: memoryview) -> None:
-        with self._explained():
+        with self.explained():
             self._write(raw)
         self._data_hash.update(raw)
 
@@ -105,7 +105,7 @@ class SafetensorsWriter(UnnamedFile):
         compute: the first 8 hex digits of the SHA-256 of 64 KiB from 1 MiB on. It is "" if the header reaches
         that far: a hash cannot stand within what it is of.
         """
-        with self._explained():
+        with self.explained():
             digest = self._data_hash.hexdigest()
             header = header_bytes(self._entries, metadata(digest, self._legacy_hash()))
             room = self._start - 8
