@@ -16,6 +16,7 @@ from ...lazy import torch
 from .problem import Cores, Problem, Settings
 
 _CHUNK = 1 << 23  # numbers of cores that are worked on at once
+_ENOUGH = 1e-4  # of the energy in one step: what all later ones add is not worth their time
 
 
 @dataclass(frozen=True)
@@ -190,20 +191,25 @@ def _hooi(group: Cores, start: _Start, ranks: torch.Tensor, settings: Settings, 
 
 def _iterate(C: torch.Tensor, U: torch.Tensor, V: torch.Tensor, live: torch.Tensor, settings: Settings):
     """(U, V, energy kept (B,) float64), rotated so that a lower rank is a part of it."""
-    before = torch.zeros(len(C), dtype=torch.float64, device=C.device)
-    whole = C.double().square().sum((1, 2, 3)) if len(C) else before
+    T = C.mT @ U[:, None]  # (B, M, q, R)
+    W = T.mT @ V[:, None]  # (B, M, R, R)
+    whole, kept = _energy(C), _energy(W)
     for _ in range(settings.iterations):
+        V = _orthonormal((T @ W).sum(1), live)
         T = C @ V[:, None]  # (B, M, p, R)
         U = _orthonormal((T @ (T.mT @ U[:, None])).sum(1), live)
-        T = C.mT @ U[:, None]  # (B, M, q, R)
-        W = T.mT @ V[:, None]  # (B, M, R, R)
-        kept = W.double().square().sum((1, 2, 3))
-        if ((kept - before) <= settings.tolerance * whole).all():
+        T = C.mT @ U[:, None]
+        W = T.mT @ V[:, None]
+        before, kept = kept, _energy(W)
+        if float((kept - before).sum()) <= max(settings.tolerance, _ENOUGH) * float(whole.sum()):
             break
-        V = _orthonormal((T @ W).sum(1), live)
-        before = kept
     left, right = (_live_eigenvectors(X @ X.mT, live) for X in (_side_by_side(W), _side_by_side(W.mT)))
     return U @ left * live, V @ right * live, kept
+
+
+def _energy(X: torch.Tensor) -> torch.Tensor:
+    """(B,) float64: ‖X‖² of each layer."""
+    return torch.linalg.vector_norm(X.flatten(1), dim=1, dtype=None if X.device.type == "mps" else torch.float64) ** 2
 
 
 def _orthonormal(X: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
