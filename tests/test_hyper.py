@@ -8,6 +8,7 @@ import pytest
 import torch
 from hyper_families import Family, gradual, hyper, known, lora_files, matched, subspace
 from models import lora_deltas, reachable
+from safetensors.torch import save_file
 
 ROUNDING = {"fp32": 1e-5, "fp16": 1e-3}  # of a reported figure, relative
 
@@ -35,6 +36,32 @@ def judged(folder: Path, models: list[Path], answer: dict, base: Path | None = N
 def table(answer: dict) -> torch.Tensor:
     """λ (M, K) in the order of the answer."""
     return torch.tensor([list(row.values()) for row in answer["multipliers"].values()], dtype=torch.float64)
+
+
+def test_the_checker_finds_what_was_put_there(tmp_path):
+    """True LoRAs of true multipliers leave nothing; one multiplier too large by a half leaves what that adds."""
+    family = known(4, (3, 2), divisor=64)
+    paths, loras = family.save(tmp_path), {}
+    for i, direction in enumerate(family.directions):
+        tensors = {}
+        for name, key in ((name, key) for name, key, _ in reachable(paths[0]) if key in direction):
+            U, S, Vh = torch.linalg.svd(direction[key], full_matrices=False)
+            tensors |= {f"{name}.lora_up.weight": (U * S).contiguous(), f"{name}.lora_down.weight": Vh.contiguous(),
+                        f"{name}.alpha": torch.tensor(2.0 * len(S))}  # fmt: skip
+        loras[f"l{i}"] = tmp_path / f"l{i}.safetensors"
+        save_file(tensors, loras[f"l{i}"])
+    λ = {path.stem: dict(zip(loras, (row / 2).tolist(), strict=True))
+         for path, row in zip(paths, family.multipliers, strict=True)}  # fmt: skip
+    named, base = {path.stem: path for path in paths}, tmp_path / "base.safetensors"
+    right = oracle.judge(named, base, loras, λ)
+    assert right.residual_share < 1e-9
+    assert oracle.best_multipliers(paths, base, list(loras.values()))[0].tolist() == [
+        pytest.approx(list(row.values()), rel=1e-4) for row in λ.values()
+    ]
+    whole = sum(sum(row.values()) for row in right.wholes.values())
+    λ["a"]["l0"] *= 1.5
+    added = sum(float((λ["a"]["l0"] * 2 / 3 * D).square().sum()) for D in family.directions[0].values())
+    assert oracle.judge(named, base, loras, λ).residual_share == pytest.approx(added / whole, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
