@@ -29,6 +29,7 @@ from lib_hypermerge.layouts.detect import recognise
 from lib_hypermerge.layouts.module import LORA_KINDS
 
 ITERATIONS = 3  # of each LoRA
+_MORE, _STEPS = 16, 30  # vectors beyond those wanted, and how often they are multiplied
 _SMALL = 2.0  # seconds; quicker SVDs are timed twice
 
 Place = tuple[str, int, int]  # tensor, first row, last row
@@ -68,8 +69,18 @@ def by_gram(W: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         left, right = by_gram(W.mT, rank)
         sizes = right.norm(dim=1).clamp_min(1e-30)
         return (right / sizes[:, None]).mT, sizes[:, None] * left.mT
-    U = torch.linalg.eigh((W @ W.mT).double()).eigenvectors[:, -rank:].flip(1).float()
+    U = _top_eigenvectors(W @ W.mT, rank)
     return U, U.mT @ W
+
+
+def _top_eigenvectors(G: torch.Tensor, rank: int) -> torch.Tensor:
+    """(n, r); of large matrices by subspace iteration, far enough for seven digits of what they hold."""
+    if len(G) < 6 * (rank + _MORE):
+        return torch.linalg.eigh(G.double()).eigenvectors[:, -rank:].flip(1).float()
+    Q = torch.randn(len(G), rank + _MORE, generator=torch.Generator().manual_seed(0))
+    for _ in range(_STEPS):
+        Q = torch.linalg.qr(G @ Q).Q
+    return Q @ torch.linalg.eigh((Q.mT @ (G @ Q)).double()).eigenvectors[:, -rank:].flip(1).float()
 
 
 def step(dW: torch.Tensor, multipliers: torch.Tensor, rank: int, svd: Callable) -> Step:
