@@ -72,6 +72,7 @@ class Param:
     placeholder: str = ""
     target: str = "lora"  # what an output is: lora, checkpoint, or folder
     flag: str = ""  # the command line's name for it, where that is not the field's
+    fewest: int = 1  # of a list of files: a page says nothing of fewer
 
 
 def param(kind: str, label: str, help: str, default: Any = dataclasses.MISSING, **more) -> Any:

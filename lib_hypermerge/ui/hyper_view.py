@@ -52,7 +52,12 @@ def _models(report: Report) -> str:
     for index, (model, error) in enumerate(d["models"].items()):
         body += f"<tr><td>{escape(model)}</td><td>{percent(error)}</td><td>{_prompt(d, model, index)}</td></tr>"
     head = "<tr><th>Model</th><th>missed</th><th>Prompt that brings it back</th></tr>"
-    return f'<table class="hypermerge-table hypermerge-prompts">{head}{body}</table>'
+    save = (
+        ""
+        if d["preview"] or not any(d["prompts"].values())
+        else html.button("hyper", "styles", "hyper", "Save as styles")
+    )
+    return f'<table class="hypermerge-table hypermerge-prompts">{head}{body}</table>{save}'
 
 
 def _prompt(d: dict[str, Any], model: str, index: int) -> str:

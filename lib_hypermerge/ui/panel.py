@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -54,10 +55,13 @@ class Panel:
         styles = offers_styles(self.verb, self.runner)
         with gr.Column(elem_id=self._id("panel"), elem_classes=["hypermerge-offers-styles"] if styles else []):
             gr.HTML(f"<p>{self.verb.help}</p>")
-            with gr.Row():
-                for field in models:
-                    add(field)
-                self.refresh = gr.Button("🔄", elem_id=self._id("refresh"), elem_classes=["tool"])
+            # a list of files has a row of its own, for many names stand in it
+            for number, (_, row) in enumerate(itertools.groupby(models, lambda f: params[f].kind == FILES)):
+                with gr.Row():
+                    for field in row:
+                        add(field)
+                    if number == 0:
+                        self.refresh = gr.Button("🔄", elem_id=self._id("refresh"), elem_classes=["tool"])
             for field in shown:
                 if params[field].kind == LORAS:
                     add(field)
@@ -77,8 +81,8 @@ class Panel:
                 elem_id=self._id("progress_box"), elem_classes=["progress-container", "hypermerge-progress"]
             ):
                 gr.HTML("", elem_id=self._id("progress"))
-            self.result = gr.HTML("", elem_id=self._id("result"))
             self.styles = StyleControls(self.verb, self.runner) if styles else None
+            self.result = gr.HTML("", elem_id=self._id("result"))
             # invisible controls are not in the page, so the page's script fills this one through the event's inputs
             self.task = gr.Textbox(visible=False, elem_id=self._id("task"))
             # the last name for the result that was filled in; what was asked about the present choice, and the answer
@@ -247,9 +251,11 @@ class Panel:
         """What would happen; quiet until every model that the job needs is chosen."""
         try:
             values = self._values(raw)
-            params, defaults = self.verb.spec.params(), self.verb.spec.schema()["required"]
+            params, required = self.verb.spec.params(), self.verb.spec.schema()["required"]
             models = [f for f, p in params.items() if p.kind in MODELS]
-            if not all(values[f] for f in models if f in defaults) or not any(values[f] for f in models):
+            if not all(values[f] for f in models if f in required) or not any(values[f] for f in models):
+                return ""
+            if any(params[f].kind == FILES and f in required and len(values[f]) < params[f].fewest for f in models):
                 return ""
             self._name_if_unnamed(values)
             return plan_html(forecast(self.verb, self.verb.spec.from_json(values), self.runner.host))

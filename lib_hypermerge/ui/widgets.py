@@ -70,7 +70,8 @@ def _is_known(verb: str, label: str) -> bool:
 def _component(param: Param, default: Any, lists: Lists, common: dict[str, Any]) -> Any:
     choices = [choice for choice, _ in param.choices]
     if param.kind in (CHECKPOINT, LORA):
-        return gr.Dropdown(choices=lists[param.kind], value=None, **common)
+        info = param.help if param.optional else None
+        return gr.Dropdown(choices=lists[param.kind], value=None, info=info, **common)
     if param.kind == FILES:
         return gr.Dropdown(choices=lists[FILES], value=[], multiselect=True, info=param.help, **common)
     if param.kind == FLAG:

@@ -26,8 +26,9 @@ class HyperSpec(Spec):
     verb: ClassVar[str] = "hyper"
 
     models: tuple[str, ...] = param(
-        FILES, "Models", "Two or more checkpoints of one family. With a base, LoRA files of any kind too.", flag="model"
-    )
+        FILES, "Models", "Two or more checkpoints of one family. With a base, LoRA files of any kind too.",
+        flag="model", fewest=2,
+    )  # fmt: skip
     name: str = param(
         OUTPUT, "Name", "Of the hyper-model; the LoRAs are called NAME-1, NAME-2 …", placeholder="my-family",
         target="checkpoint",
@@ -159,7 +160,7 @@ class HyperSpec(Spec):
 
 def ranks_of(text: str) -> tuple[int, ...]:
     """The ranks of a text such as "128,64,32,16"; empty for "full,full", see full_count. SpecError if it is none."""
-    items = [item.strip() for item in text.split(",")]
+    items = _items(text)
     if all(item == FULL for item in items) and len(items) <= MOST_LORAS:
         return ()
     try:
@@ -175,7 +176,12 @@ def ranks_of(text: str) -> tuple[int, ...]:
 
 def full_count(text: str) -> int:
     """How many LoRAs without limit a text such as "full,full" asks for; 0 if it lists ranks."""
-    return 0 if ranks_of(text) else len(text.split(","))
+    return 0 if ranks_of(text) else len(_items(text))
+
+
+def _items(text: str) -> list[str]:
+    """A comma at the end is of a list that is being typed."""
+    return [item.strip() for item in text.strip().removesuffix(",").split(",")]
 
 
 def weights_of(text: str | None, models: int) -> tuple[float, ...] | None:
