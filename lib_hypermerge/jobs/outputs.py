@@ -52,7 +52,7 @@ def recipe(spec: Spec, parents: dict[str, TensorFile], **more: Any) -> str:
     parameters = {key: value for key, value in spec.to_json().items() if key not in names and value is not None}
     table = {
         "version": __version__, "job": spec.verb, "parameters": parameters,
-        "parents": {role: _parent(file) for role, file in parents.items()}, **more,
+        "parents": {role: parent(file) for role, file in parents.items()}, **more,
     }  # fmt: skip
     return json.dumps(table, ensure_ascii=False, separators=(",", ":"))
 
@@ -66,7 +66,8 @@ def read_recipe(metadata: dict[str, str]) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _parent(file: TensorFile) -> dict[str, Any]:
+def parent(file: TensorFile) -> dict[str, Any]:
+    """A file that went in: what it is called, what it says of its data, and how it was made if it says so."""
     own = {"name": file.path.name, "bytes": file.size}
     if digest := file.metadata.get("sshs_model_hash"):
         own["sshs_model_hash"] = digest

@@ -1,0 +1,151 @@
+"""From the sketches of all layers to multipliers and, for each layer, the LoRAs' down factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...algebra.hyper.allocation import plan_ranks
+from ...algebra.hyper.problem import Cores, Problem, Settings, Solution
+from ...algebra.hyper.solve import solve
+from .plan import HyperPlan
+from .spec import COMPONENT, LAYERS, RELATIVE
+from .work import Work
+
+UNET, TE = "unet", "te"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is kept in memory of a layer's sketch. shape: (p, q) of its cores."""
+
+    gram: torch.Tensor
+    centre: float
+    shape: tuple[int, int]
+
+
+@dataclass
+class Part:
+    """Layers that share multipliers: all, or the UNet's, or the text encoders'.
+
+    id: unet, te, or "" for all.  layers: their indices.  places: index → (group, row).  weights: √ω by index.
+    """
+
+    id: str
+    layers: list[int]
+    problem: Problem
+    places: dict[int, tuple[int, int]]
+    weights: dict[int, float]
+    solution: Solution | None = None
+
+    def downs(self, index: int) -> list[torch.Tensor]:
+        """Per LoRA (r_i, q) float32, in the layer's own scale; r_i may be 0."""
+        assert self.solution is not None
+        group, row = self.places[index]
+        rows, ranks = self.solution.downs[group][row], self.solution.ranks[group]
+        ends = ranks.amax(0).cumsum(0).tolist()  # a group's LoRAs lie as wide as its widest layer needs
+        starts = [0, *ends[:-1]]
+        scale = self.weights[index] ** -0.5
+        return [scale * rows[a : a + rank] for a, rank in zip(starts, ranks[row].tolist(), strict=True)]
+
+
+def parts_of(plan: HyperPlan, seen: Sequence[Seen], work: Work, folder: Path) -> list[Part]:
+    """The problems to solve. folder: where cores that are too large for the memory are mapped from."""
+    layers = plan.inputs.layers
+    sides: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        side = (UNET if layer.module.component == UNET else TE) if plan.spec.separate_te else ""
+        sides.setdefault(side, []).append(index)
+    weights = _layer_weights(plan, seen)
+    return [_part(plan, side, own, seen, weights, work, folder) for side, own in sides.items()]
+
+
+def total_of(plan: HyperPlan, gram: torch.Tensor) -> float:
+    """What residual shares are shares of: Σ‖W_m − base‖², or without a base Σ‖W_m − mean‖²."""
+    return float(changes(plan, gram).sum())
+
+
+def changes(plan: HyperPlan, gram: torch.Tensor) -> torch.Tensor:
+    """(M,) ‖W_m − base‖², or ‖W_m − mean‖² of the plain mean, from a Gram matrix of differences to any centre."""
+    if plan.inputs.base is None:
+        gram = gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
+    return gram.diagonal().clamp_min(0)
+
+
+def _layer_weights(plan: HyperPlan, seen: Sequence[Seen]) -> list[float]:
+    """√ω of each layer, scaled so that ω is 1 on average."""
+    layers, kind = plan.inputs.layers, plan.spec.layer_weights
+    if kind == RELATIVE:
+        omega = [1 / s.centre if s.centre > 0 else 0.0 for s in seen]
+    elif kind == COMPONENT:
+        energy: dict[str, float] = {}
+        for layer, s in zip(layers, seen, strict=True):
+            energy[layer.module.component] = energy.get(layer.module.component, 0.0) + float(s.gram.trace())
+        omega = [1 / e if (e := energy[layer.module.component]) > 0 else 0.0 for layer in layers]
+    else:
+        return [1.0] * len(layers)
+    whole = math.fsum(w * float(s.gram.trace()) for w, s in zip(omega, seen, strict=True))
+    plain = math.fsum(float(s.gram.trace()) for s in seen)
+    scale = plain / whole if whole > 0 else 1.0
+    return [math.sqrt(w * scale) or 1.0 for w in omega]
+
+
+def _part(plan: HyperPlan, side: str, own: list[int], seen: Sequence[Seen], weights: list[float], work: Work,
+          folder: Path) -> Part:  # fmt: skip
+    M = plan.models
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for index in own:
+        by_shape.setdefault(seen[index].shape, []).append(index)
+    groups, places = [], {}
+    for group, ((p, q), members) in enumerate(by_shape.items()):
+        shape = (len(members), M, p, q)
+        values = _mapped(folder / f"cores-{side}{p}-{q}.bin", shape) if plan.maps_cores else torch.empty(shape)
+        for row, index in enumerate(members):
+            torch.mul(work.load(index)["cores"], weights[index], out=values[row])
+            places[index] = (group, row)
+        costs = torch.tensor([sum(plan.inputs.layers[i].shape) for i in members], dtype=torch.float64)
+        most = torch.tensor([min(plan.inputs.layers[i].shape) for i in members])
+        groups.append(Cores(values, costs, most))
+    gram = torch.zeros(M, M, dtype=torch.float64)
+    for index in own:
+        gram += weights[index] ** 2 * seen[index].gram
+    problem = Problem(groups, gram, total_of(plan, gram))
+    return Part(side, own, problem, places, {index: weights[index] for index in own})
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=shape))
+
+
+def solve_parts(plan: HyperPlan, parts: list[Part], device: str, progress: Callable[[float], None]) -> tuple[int, ...]:
+    """Fill in the solutions; returns the ranks, which are planned first where a size is given.
+
+    progress: told the share done; may raise to stop.
+    """
+    spec, ranks = plan.spec, plan.ranks
+    if spec.size is not None:
+        largest = max(parts, key=lambda part: len(part.layers))
+        budget = round(plan.numbers * sum(float(g.costs.sum()) for g in largest.problem.groups) / plan.per_rank)
+        ranks = plan_ranks(largest.problem, budget, spec.count, _settings(plan, lambda share: progress(share / 2)))
+    whole = sum(len(part.layers) for part in parts)
+    done = 0
+    for part in parts:
+        before = done / whole
+
+        def check(share: float, before: float = before, own: float = len(part.layers) / whole) -> None:
+            progress(before + share * own)
+
+        solution = solve(part.problem, ranks, spec.solver, _settings(plan, check), allocate=spec.allocation == LAYERS)
+        part.solution = solution
+        done += len(part.layers)
+    return tuple(ranks)
+
+
+def _settings(plan: HyperPlan, check: Callable[[float], None]) -> Settings:
+    spec = plan.spec
+    return Settings(spec.starts, spec.seed, spec.tolerance, spec.iterations, check)
