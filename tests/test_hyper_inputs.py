@@ -74,8 +74,12 @@ def assert_rows(source: Source, layer: Layer, expected: torch.Tensor, tolerance:
         assert float((got - true).norm()) <= tolerance * float(expected.norm()), (layer.key, start, stop)
 
 
+@functools.cache
 def tensors_of(path: Path) -> dict[str, tuple[str, slice]]:
     return {name: (key, rows) for name, key, rows in reachable(path)}
+
+
+numbers_of = functools.cache(load_file)  # of files that stay as they are
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -261,8 +265,8 @@ def test_threads_do_not_disturb_each_other(tmp_path):
 def write_lora(path: Path, checkpoint: Path, kind: str, only=lambda name: True, seed: int = 0) -> tuple[Path, dict]:
     """One module per layer; returns what each changes as a function of its weight."""
     dice, tensors, changes = Dice(seed), {}, {}
-    stored = load_file(checkpoint)
-    for name, key, rows in reachable(checkpoint):
+    stored = numbers_of(checkpoint)
+    for name, (key, rows) in tensors_of(checkpoint).items():
         if only(name):
             parts, changes[name] = SAMPLES[kind](tuple(stored[key][rows].shape), dice)
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
@@ -293,7 +297,7 @@ def test_a_loras_rows_are_its_change_of_the_base(bases, tmp_path, name, kind):
     base = bases(name)
     lora, changes = write_lora(tmp_path / "a.safetensors", base, kind, some)
     other, _ = write_lora(tmp_path / "b.safetensors", base, "lora", lambda name: some(name) and "attn1" in name)
-    inputs, stored, places = opened([lora, other], base), load_file(base), tensors_of(base)
+    inputs, stored, places = opened([lora, other], base), numbers_of(base), tensors_of(base)
     assert [source.relative for source in inputs.sources] == [True, True]
     assert inputs.template is inputs.base and inputs.models == []
     assert {layer.module.name for layer in inputs.layers} == changes.keys()
@@ -324,28 +328,29 @@ def small(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("small") / "base.safetensors", weights)
 
 
-@pytest.mark.parametrize("magnitude", [None, 0, 1], ids=["", "dora-output", "dora-input"])
 @pytest.mark.parametrize(("name", "shape"), DEFINED, ids=[f"{n}-{len(s)}-{s[-1]}" for n, s in DEFINED])
-def test_every_family_by_its_definition(small, tmp_path, name, shape, magnitude):
+def test_every_family_by_its_definition(small, tmp_path, name, shape):
+    """Alone, and under DoRA's magnitudes along either axis."""
     case, rng = CASES[name], np.random.default_rng(7)
-    if magnitude is not None and case.family in ("svdiff", "oft", "ia3", "full", "lora+sparse"):
-        magnitude = None
     parts, alpha = case.make(rng, shape), None if case.family == "svdiff" else 2.0
-    W = load_file(small)[PLACES[shape]].double().numpy()
+    W = numbers_of(small)[PLACES[shape]].double().numpy()
     tuned = case.tuned(parts, W, alpha)
-    if magnitude is not None:
-        m = magnitudes(rng, shape, magnitude)
-        parts, tuned = {**parts, "dora_scale": m}, dora(tuned, m, magnitude)
-    tensors = {part: torch.from_numpy(np.ascontiguousarray(a)) for part, a in parts.items()}
-    tensors = {part: t.float() if t.is_floating_point() else t for part, t in tensors.items()}
-    if alpha is not None:
-        tensors["alpha"] = torch.tensor(alpha)
-    path = tmp_path / "a.safetensors"
-    save_file({f"{NAMES[shape]}.{part}": tensor for part, tensor in tensors.items()}, path)
-    inputs = opened([path, path], small)
+    files = [(parts, tuned)]
+    for axis in (0, 1):
+        if case.family not in ("svdiff", "oft", "ia3", "full", "lora+sparse"):
+            m = magnitudes(rng, shape, axis)
+            files.append(({**parts, "dora_scale": m}, dora(tuned, m, axis)))
+    paths = [tmp_path / f"{index}.safetensors" for index in range(max(2, len(files)))]
+    for (arrays, _), path in zip((files * 2)[: len(paths)], paths, strict=True):
+        tensors = {part: torch.from_numpy(np.ascontiguousarray(a)) for part, a in arrays.items()}
+        tensors = {part: t.float() if t.is_floating_point() else t for part, t in tensors.items()}
+        tensors |= {} if alpha is None else {"alpha": torch.tensor(alpha)}
+        save_file({f"{NAMES[shape]}.{part}": tensor for part, tensor in tensors.items()}, path)
+    inputs = opened(paths, small)
     (layer,) = inputs.layers
     assert layer.module.weight.name == PLACES[shape]
-    assert_rows(inputs.sources[0], layer, torch.from_numpy(tuned - W).reshape(layer.shape), 1e-4)
+    for source, (_, made) in zip(inputs.sources, files, strict=False):
+        assert_rows(source, layer, torch.from_numpy(made - W).reshape(layer.shape), 1e-4)
     inputs.close()
 
 
