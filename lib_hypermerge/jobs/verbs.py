@@ -11,6 +11,7 @@ from .convert_spec import ConvertSpec
 from .extract_spec import ExtractSpec
 from .hyper.fit_spec import FitSpec
 from .hyper.restore_spec import RestoreSpec
+from .hyper.spec import HyperSpec
 from .inspect_spec import InspectSpec
 from .merge_spec import MergeSpec
 from .spec import Spec
@@ -36,6 +37,10 @@ VERBS = {
     "convert": Verb(
         "convert", "Convert", "A LoRA in another dialect or family, a checkpoint in another number format.",
         ConvertSpec, ".convert",
+    ),
+    "hyper": Verb(
+        "hyper", "Hyper-Merge", "Several checkpoints become one hyper-model, a few LoRAs, and multipliers for each.",
+        HyperSpec, ".hyper.job",
     ),
     "fit": Verb("fit", "Fit", "Multipliers of a hyper-model's LoRAs for a checkpoint that was not merged.", FitSpec,
                 ".hyper.fit"),

@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST_WORKERS = 8
+_WORTH_THREADS = 1 << 22  # numbers; with fewer, waking the threads costs more than they save
 _MOST_BYTES = 1 << 30  # for the buffers of all workers together
 
 
@@ -63,6 +65,18 @@ def map_in_order(
         for future in ahead:
             future.cancel()
         pool.shutdown(wait=True)
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def threads_for(numbers: int) -> Iterator[None]:
+    """One torch thread while this many numbers are worked on in small operations, unless there are enough of them."""
+    before = torch.get_num_threads()
+    if numbers < _WORTH_THREADS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
         torch.set_num_threads(before)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...algebra.hyper import container_finish
 from ...algebra.hyper import finish as algebra
 from ...algebra.lowrank import check_range
 from ...algebra.products import times_transposed
@@ -24,7 +25,7 @@ _PRECISE_BELOW = 1e-3  # share of a layer's change under which its error is meas
 class Job:
     """A layer to finish.  downs: per LoRA (r_i, k) float32, r_i may be 0.  multipliers: (M, K) float64.
 
-    hyper: the number format of the hyper-model's rows.  bases: orthonormal rows (R, k) for the container, if any.
+    hyper: the number format of the hyper-model's rows.  box: the container's down (R, k) as rounded, if there is one.
     """
 
     index: int
@@ -32,7 +33,17 @@ class Job:
     downs: list[torch.Tensor]
     multipliers: torch.Tensor
     hyper: str
-    basis: torch.Tensor | None = None
+    box: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Box:
+    """A layer of the container: up (n, a), down (b, k), cores (M, a, b). errors: (M,) float64."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    cores: torch.Tensor
+    errors: torch.Tensor
 
 
 @dataclass
@@ -40,7 +51,7 @@ class Finished:
     """A layer as it is written.  rows: (n, k) of the hyper-model in its format.  factors: per LoRA (up, down).
 
     energies, errors: (M,) float64, ‖W_m − hyper‖² and what the LoRAs leave of it.  inner (M, K) and gram (K, K): of
-    the LoRAs as rounded.  products: (M, n, R) with the container's basis.  status: written, or nonfinite.
+    the LoRAs as rounded.  box: the container's up, down and cores, and its errors.  status: written, or nonfinite.
     """
 
     job: Job
@@ -51,7 +62,7 @@ class Finished:
     inner: torch.Tensor
     gram: torch.Tensor
     factors: list[tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=list)
-    products: torch.Tensor | None = None
+    box: Box | None = None
     fell_back: bool = False
 
 
@@ -75,7 +86,7 @@ class Finisher:
         M, (n, k), K = self.stack.models, job.layer.shape, job.multipliers.shape[1]
         kept = [i for i, down in enumerate(job.downs) if len(down) and bool(down.any())]
         downs = [self._rounded(job.downs[i]) for i in kept]
-        thin = [down.float() for down in downs] + ([] if job.basis is None else [job.basis.float()])
+        thin = [down.float() for down in downs] + ([] if job.box is None else [job.box.float()])
         A = torch.cat(thin).to(device).contiguous() if thin else torch.empty(0, k)
         rows = torch.empty(n, k, dtype=torch_dtype(job.hyper))
         energies, products = torch.zeros(M, dtype=torch.float64), torch.empty(M, n, len(A))
@@ -93,8 +104,9 @@ class Finisher:
         if downs:
             width = sum(map(len, downs))
             self._fit(done, kept, downs, products[:, :, :width])
-        if job.basis is not None:
-            done.products = products[:, :, len(A) - len(job.basis) :].contiguous()
+        if job.box is not None:
+            made = container_finish.finish(products[:, :, len(A) - len(job.box) :].contiguous(), job.box, energies)
+            done.box = Box(made.up, job.box, made.cores, made.errors)
         return done
 
     def _fit(self, done: Finished, kept: list[int], downs: list[torch.Tensor], products: torch.Tensor) -> None:

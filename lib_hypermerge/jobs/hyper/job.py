@@ -6,27 +6,30 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...algebra.hyper.alternatives import Alternative, alternatives, joined, numbers_of
+from ...algebra.hyper.container import SharedCores, shared_cores
 from ...errors import NumericalError
 from ...files.dtypes import OUTPUT_DTYPES, torch_dtype
-from ...files.unnamed import Written
 from ..devices import resolve_device
 from ..host import Context, Host
-from ..report import Output, Report
-from ..workers import map_in_order, plan_workers
-from . import rests
+from ..report import Report
+from ..workers import map_in_order, plan_workers, threads_for
 from .finish import Finished, Finisher, Job
 from .inputs import Layer, blame
-from .measure import Measures, similarity
+from .measure import Measures
 from .plan import HyperPlan, make_plan
 from .recipe import Recipe
+from .rest_values import RestValues
+from .result import Ran, report_of
 from .sketch import Sketch, Sketcher
-from .solving import UNET, Part, Seen, parts_of, solve_parts
-from .spec import HyperSpec
+from .solving import UNET, Part, Seen, parts_of, residual_of, settings_of, solve_parts
+from .spec import GREEDY, LAYERS, HyperSpec
 from .stack import Stack
 from .work import Work
 from .writing import Files, parameters, parents
@@ -79,18 +82,25 @@ class _Merge:
     def run(self) -> Report:
         with self._timed("reading and sketching"):
             seen = self._sketch()
-        with self._timed("solving"):
-            parts, ranks = self._solve(seen)
+        with threads_for(sum(self.plan.cores_bytes(layer) for layer in self.plan.inputs.layers) // 4):
+            with self._timed("solving"):
+                parts, ranks = self._solve(seen)
+            with self._timed("comparing"):
+                boxes, others = self._compare(parts, ranks)
         draft = self._recipe(parts, ranks)
         measures = Measures(self.plan, seen, len(ranks))
         with self._timed("finishing and writing"), contextlib.ExitStack() as stack:
             files = None if self.spec.preview else stack.enter_context(Files(self.plan, ranks, draft))
-            sums = self._finish(parts, measures, files)
+            self._finish(parts, boxes, measures, files)
             self.plan.inputs.check_unchanged()
-            recipe = self._measured(draft, measures)
+            recipe = replace(draft, models=measures.models(), residual_share=measures.residual_share)
             self.context.progress(0.98, "saving")
             written = [] if files is None else files.publish(recipe, (), self.work.journal)
-        return self._report(recipe, ranks, seen, parts, measures, sums, written)
+        self.fell_back += measures.fell_back
+        if self.fell_back:
+            self.warnings.append(f"{self.fell_back} layers were computed on the CPU: the device ran out of memory.")
+        ran = Ran(self.steps, self.device, self.workers * self.threads, self.work.resumed, self.warnings)
+        return report_of(self.plan, recipe, parts, seen, measures, others, written, ran)
 
     @contextlib.contextmanager
     def _timed(self, step: str) -> Iterator[None]:
@@ -179,125 +189,90 @@ class _Merge:
             parameters=parameters(self.plan), parents=parents(self.plan),
         )  # fmt: skip
 
+    def _compare(self, parts: list[Part], ranks: tuple[int, ...]) -> tuple[SharedCores | None, list[Alternative]]:
+        """The container, if one is asked for, and what else there is of the same size."""
+        problems = [part.problem for part in parts]
+        settings = settings_of(self.plan, lambda share: self.context.check())
+        numbers = self.plan.numbers if self.spec.size is not None else sum(numbers_of(p, ranks) for p in problems)
+        boxes = shared_cores(joined(problems), numbers, settings) if self.plan.writes_container else None
+        if not (self.spec.compare or self.spec.preview):
+            return boxes, []
+        greedy = residual_of(parts) if self.spec.solver == GREEDY else None
+        allocate = self.spec.allocation == LAYERS
+        return boxes, alternatives(problems, ranks, settings, numbers=numbers, allocate=allocate, greedy=greedy)
+
     # --- the last pass ----------------------------------------------------------------------------
 
-    def _jobs(self, parts: list[Part], order: list[int], formats: dict[str, str]) -> Iterator[Job]:
-        part_of = {index: part for part in parts for index in part.layers}
+    def _jobs(
+        self, parts: list[Part], boxes: SharedCores | None, order: list[int], formats: dict[str, str]
+    ) -> Iterator[Job]:
+        part_of = {index: (part, first) for part, first in zip(parts, _first_groups(parts), strict=True)
+                   for index in part.layers}  # fmt: skip
         for index in order:
-            part, layer = part_of[index], self.plan.inputs.layers[index]
-            kept = self.work.load(index)
-            basis = kept.get("basis")
-            downs = [
-                down if basis is None else down @ basis.float() for down in part.downs(index)
-            ]
+            (part, first), layer = part_of[index], self.plan.inputs.layers[index]
+            basis = self.work.load(index).get("basis")
+            downs, box = part.downs(index), None if boxes is None else part.box(boxes, first, index)
+            if basis is not None:
+                downs = [down @ basis.float() for down in downs]
+                box = None if box is None else box @ basis.float()
             assert part.solution is not None and layer.module.weight is not None
-            yield Job(index, layer, downs, part.solution.multipliers, formats[layer.module.weight.name])
+            box = box.to(self.dtype) if box is not None and len(box) else None
+            yield Job(index, layer, downs, part.solution.multipliers, formats[layer.module.weight.name], box)
 
-    def _finish(self, parts: list[Part], measures: Measures, files: Files | None) -> dict[str, int]:
-        plan, layers = self.plan, self.plan.inputs.layers
-        tensors = plan.tensors
+    def _finish(self, parts: list[Part], boxes: SharedCores | None, measures: Measures, files: Files | None) -> None:
+        """Every tensor of the hyper-model in its order, and every layer, whether its tensor is written or not."""
+        layers, tensors = self.plan.inputs.layers, self.plan.tensors
         by_tensor: dict[str, list[int]] = {}
         for index, layer in enumerate(layers):
             assert layer.module.weight is not None
             by_tensor.setdefault(layer.module.weight.name, []).append(index)
         order = [index for name in tensors for index in by_tensor.get(name, ())]
         finisher = Finisher(self.stack, self.dtype, self.device)
-        finished = self._map(finisher.finish, self._jobs(parts, order, {n: t.dtype for n, t in tensors.items()}))
-        own = {rest.info.name: rest for rest in plan.rests}
+        jobs = self._jobs(parts, boxes, order, {name: tensor.dtype for name, tensor in tensors.items()})
+        finished = self._map(finisher.finish, jobs)
+        values = RestValues(self.plan.inputs, self.spec, self.plan.rests, self.context.check)
+        self.warnings += values.warnings
+        rests = {rest.name: rest for rest in self.plan.rests}
+        model = None if files is None else files.model
         whole, done = sum(map(_numel, layers)), 0
-        sizes: dict[str, int] = {}
         for name, tensor in tensors.items():
-            if files is not None and files.model is not None and name not in own:
-                files.model.begin(name, tensor)
+            if model is not None:
+                model.begin(name, tensor)
             for _ in by_tensor.get(name, ()):
                 layer = next(finished)
                 self._take(layer, measures, files)
-                if files is not None and files.model is not None and name not in own:
-                    files.model.more(layer.rows)
+                if model is not None and name not in rests:
+                    model.more(layer.rows)
                 done += _numel(layer.job.layer)
                 self.context.progress(_SOLVED + (0.97 - _SOLVED) * done / whole, layer.job.layer.key)
-            if name in own:
-                value = rests.value(own[name])
-                if files is not None and files.model is not None:
-                    files.model.begin(name, tensor)
-                    files.model.more(value.tensor)
-        return sizes
+            if name in rests:
+                value = values.value(rests[name])
+                measures.add_rest(value)
+                if model is not None:
+                    model.more(value.tensor)
 
     def _take(self, done: Finished, measures: Measures, files: Files | None) -> None:
         if done.status == "nonfinite":
             raise self._not_finite(done.job.layer)
         measures.add(done)
-        if files is not None and files.loras:
+        if files is None:
+            return
+        if files.loras:
             for i, factors in enumerate(done.factors):
                 files.add(i, done.job.layer.module, factors)
+        if files.container is not None and done.box is not None:
+            files.add_box(done.job.layer.module, done.box)
 
-    # --- the report -------------------------------------------------------------------------------
 
-    def _measured(self, draft: Recipe, measures: Measures) -> Recipe:
-        from dataclasses import replace
-
-        return replace(draft, models=measures.models(), residual_share=measures.residual_share)
-
-    def _report(self, recipe: Recipe, ranks: tuple[int, ...], seen: list[Seen], parts: list[Part], measures: Measures,
-                sums: dict[str, int], written: list[Written]) -> Report:  # fmt: skip
-        plan = self.plan
-        sizes = {Path(w.path).stem: w.bytes for w in written}
-        each = [sizes.get(stem, plan.lora_bytes(rank)) for stem, rank in zip(recipe.loras, ranks, strict=False)]
-        details = {
-            "architecture": plan.inputs.template.title,
-            "preview": self.spec.preview,
-            "solver": self.spec.solver,
-            "residual_share": measures.residual_share,
-            "multipliers": recipe.multipliers,
-            "te_multipliers": recipe.te_multipliers,
-            "loss": _loss(parts),
-            "models": recipe.models,
-            "ranks": list(ranks),
-            "hyper": recipe.hyper if plan.writes_model else None,
-            "hyper_bytes": plan.model_bytes,
-            "recipe": None if self.spec.preview else str(plan.recipe_output),
-            "loras": [
-                {"name": stem, "rank": rank, "bytes": size, "share": share}
-                for stem, rank, size, share in zip(recipe.loras, ranks, each, measures.alone(), strict=False)
-            ],
-            "prompts": {label: recipe.prompt(label) for label in plan.inputs.labels} if recipe.loras else {},
-            "similarity": similarity(plan, seen),
-            "by_model": {
-                label: {"components": measures.by_component(m), "rest_error": None}
-                for m, label in enumerate(plan.inputs.labels)
-            },
-            "curve": measures.curve(each) if recipe.loras else [],
-            "alternatives": [],
-            "better": "",
-            "rest_share": 0.0,
-            "container": None,
-            "remainders": {},
-            "steps": self.steps,
-            "device": self.device,
-            "threads": self.workers * self.threads,
-            "resumed": self.work.resumed,
-        }  # fmt: skip
-        return Report(
-            "hyper", [Output(str(w.path), w.bytes, w.sha256) for w in written], measures.residual_share**0.5,
-            len(plan.inputs.layers), 0, 0, self.warnings, time.perf_counter() - plan.begun, details,
-        )  # fmt: skip
+def _first_groups(parts: list[Part]) -> list[int]:
+    """Where each part's groups begin among those of all."""
+    counts = [len(part.problem.groups) for part in parts]
+    return [sum(counts[:i]) for i in range(len(parts))]
 
 
 def _seen(tensors: dict[str, torch.Tensor]) -> Seen:
     p, q = tensors["cores"].shape[1:]
     return Seen(tensors["gram"], float(tensors["centre"]), (p, q))
-
-
-def _loss(parts: list[Part]) -> list[float]:
-    """Of all parts together; one that has ended stays as it was."""
-    runs = [(part.solution.loss, part.problem.total) for part in parts if part.solution is not None]
-    whole = sum(total for _, total in runs)
-    longest = max((len(loss) for loss, _ in runs), default=0)
-    if whole <= 0:
-        return [0.0] * longest
-    return [
-        sum(loss[min(step, len(loss) - 1)] * total for loss, total in runs if loss) / whole for step in range(longest)
-    ]
 
 
 def _numel(layer: Layer) -> int:

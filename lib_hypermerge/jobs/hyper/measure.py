@@ -12,6 +12,7 @@ import torch
 from ...algebra.hyper.fitting import fit
 from .finish import Finished
 from .plan import HyperPlan
+from .rest_values import RestValue
 from .solving import UNET, Seen, changes
 
 
@@ -25,6 +26,9 @@ class Measures:
     errors: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)  # (component, block) → (M,)
     before: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     sums: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    boxed: torch.Tensor | float = 0.0  # (M,) of the container
+    rest_errors: torch.Tensor | float = 0.0  # (M,) of what lies outside the layers
+    rest_changes: torch.Tensor | float = 0.0
     fell_back: int = 0
 
     def add(self, done: Finished) -> None:
@@ -39,7 +43,32 @@ class Measures:
             self.sums[side] = tuple(torch.zeros(s, dtype=torch.float64) for s in ((M,), (M, K), (K, K)))  # type: ignore[assignment]
         for total, own in zip(self.sums[side], (done.energies, done.inner, done.gram), strict=True):
             total += own
+        if done.box is not None:
+            self.boxed = self.boxed + done.box.errors
         self.fell_back += done.fell_back
+
+    def add_rest(self, value: RestValue) -> None:
+        """Take note of a tensor outside the layers."""
+        self.rest_errors = self.rest_errors + value.errors
+        self.rest_changes = self.rest_changes + value.changes
+
+    @property
+    def rest_share(self) -> float:
+        """Of the whole squared change, what lies outside the layers."""
+        change = float(torch.as_tensor(self.rest_changes).sum())
+        return _share(change, change + self.total)
+
+    def rest_error(self, m: int) -> float | None:
+        """A model's relative error outside the layers; None if it is as the mean (or base) there."""
+        changes, errors = torch.as_tensor(self.rest_changes), torch.as_tensor(self.rest_errors)
+        return _ratio(errors[m], changes[m]) if changes.dim() and float(changes[m]) > 0 else None
+
+    def container(self) -> tuple[float, dict[str, float]]:
+        """The container's residual share, and each model's relative error."""
+        before = sum(self.before.values())
+        errors = torch.as_tensor(self.boxed)
+        models = {label: _ratio(errors[m], before[m]) for m, label in enumerate(self.plan.inputs.labels)}  # type: ignore[index]
+        return _share(float(errors.sum()), self.total), models
 
     @property
     def total(self) -> float:

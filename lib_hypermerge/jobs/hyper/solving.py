@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ...algebra.hyper.allocation import plan_ranks
+from ...algebra.hyper.container import SharedCores
 from ...algebra.hyper.problem import Cores, Problem, Settings, Solution
 from ...algebra.hyper.solve import solve
 from .plan import HyperPlan
@@ -18,6 +19,7 @@ from .spec import COMPONENT, LAYERS, RELATIVE
 from .work import Work
 
 UNET, TE = "unet", "te"
+_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Part:
     """Layers that share multipliers: all, or the UNet's, or the text encoders'.
 
     id: unet, te, or "" for all.  layers: their indices.  places: index → (group, row).  weights: √ω by index.
+    widths: by index how many columns of its group's cores are a layer's own.
     """
 
     id: str
@@ -41,6 +44,7 @@ class Part:
     problem: Problem
     places: dict[int, tuple[int, int]]
     weights: dict[int, float]
+    widths: dict[int, int]
     solution: Solution | None = None
 
     def downs(self, index: int) -> list[torch.Tensor]:
@@ -51,7 +55,14 @@ class Part:
         ends = ranks.amax(0).cumsum(0).tolist()  # a group's LoRAs lie as wide as its widest layer needs
         starts = [0, *ends[:-1]]
         scale = self.weights[index] ** -0.5
-        return [scale * rows[a : a + rank] for a, rank in zip(starts, ranks[row].tolist(), strict=True)]
+        width = self.widths[index]
+        return [scale * rows[a : a + rank, :width] for a, rank in zip(starts, ranks[row].tolist(), strict=True)]
+
+    def box(self, boxes: SharedCores, first: int, index: int) -> torch.Tensor:
+        """The container's down (R, q) float32 of a layer; first: where this part's groups begin among the boxes'."""
+        group, row = self.places[index]
+        rank = int(boxes.ranks[first + group][row])
+        return boxes.downs[first + group][row, :rank, : self.widths[index]]
 
 
 def parts_of(plan: HyperPlan, seen: Sequence[Seen], work: Work, folder: Path) -> list[Part]:
@@ -100,26 +111,34 @@ def _part(plan: HyperPlan, side: str, own: list[int], seen: Sequence[Seen], weig
     M = plan.models
     by_shape: dict[tuple[int, int], list[int]] = {}
     for index in own:
-        by_shape.setdefault(seen[index].shape, []).append(index)
+        by_shape.setdefault(_padded(seen[index].shape), []).append(index)
     groups, places = [], {}
     for group, ((p, q), members) in enumerate(by_shape.items()):
         shape = (len(members), M, p, q)
-        values = _mapped(folder / f"cores-{side}{p}-{q}.bin", shape) if plan.maps_cores else torch.empty(shape)
+        values = _mapped(folder / f"cores-{side}{p}-{q}.bin", shape) if plan.maps_cores else torch.zeros(shape)
         for row, index in enumerate(members):
-            torch.mul(work.load(index)["cores"], weights[index], out=values[row])
+            rows, columns = seen[index].shape
+            torch.mul(work.load(index)["cores"], weights[index], out=values[row, :, :rows, :columns])
             places[index] = (group, row)
         costs = torch.tensor([sum(plan.inputs.layers[i].shape) for i in members], dtype=torch.float64)
-        most = torch.tensor([min(plan.inputs.layers[i].shape) for i in members])
+        most = torch.tensor([min(*plan.inputs.layers[i].shape, *seen[i].shape) for i in members])
         groups.append(Cores(values, costs, most))
     gram = torch.zeros(M, M, dtype=torch.float64)
     for index in own:
         gram += weights[index] ** 2 * seen[index].gram
     problem = Problem(groups, gram, total_of(plan, gram))
-    return Part(side, own, problem, places, {index: weights[index] for index in own})
+    return Part(side, own, problem, places, {index: weights[index] for index in own},
+                {index: seen[index].shape[1] for index in own})  # fmt: skip
+
+
+def _padded(shape: tuple[int, int]) -> tuple[int, int]:
+    """A few shapes instead of many, so that layers are solved many at a time; what is added is 0."""
+    p, q = (-(-size // _MULTIPLE) * _MULTIPLE for size in shape)
+    return p, q
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=shape))
+    return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=shape))  # a new file is all 0
 
 
 def solve_parts(plan: HyperPlan, parts: list[Part], device: str, progress: Callable[[float], None]) -> tuple[int, ...]:
@@ -131,7 +150,7 @@ def solve_parts(plan: HyperPlan, parts: list[Part], device: str, progress: Calla
     if spec.size is not None:
         largest = max(parts, key=lambda part: len(part.layers))
         budget = round(plan.numbers * sum(float(g.costs.sum()) for g in largest.problem.groups) / plan.per_rank)
-        ranks = plan_ranks(largest.problem, budget, spec.count, _settings(plan, lambda share: progress(share / 2)))
+        ranks = plan_ranks(largest.problem, budget, spec.count, settings_of(plan, lambda share: progress(share / 2)))
     whole = sum(len(part.layers) for part in parts)
     done = 0
     for part in parts:
@@ -140,12 +159,20 @@ def solve_parts(plan: HyperPlan, parts: list[Part], device: str, progress: Calla
         def check(share: float, before: float = before, own: float = len(part.layers) / whole) -> None:
             progress(before + share * own)
 
-        solution = solve(part.problem, ranks, spec.solver, _settings(plan, check), allocate=spec.allocation == LAYERS)
+        solution = solve(part.problem, ranks, spec.solver, settings_of(plan, check), allocate=spec.allocation == LAYERS)
         part.solution = solution
         done += len(part.layers)
     return tuple(ranks)
 
 
-def _settings(plan: HyperPlan, check: Callable[[float], None]) -> Settings:
+def residual_of(parts: Sequence[Part]) -> float:
+    """The residual share that the solver ended with, on the cores."""
+    total = math.fsum(part.problem.total for part in parts)
+    left = math.fsum(part.solution.loss[-1] * part.problem.total for part in parts if part.solution is not None)
+    return left / total if total > 0 else 0.0
+
+
+def settings_of(plan: HyperPlan, check: Callable[[float], None]) -> Settings:
+    """As the spec has it; check is told the share done, and may raise."""
     spec = plan.spec
     return Settings(spec.starts, spec.seed, spec.tolerance, spec.iterations, check)

@@ -114,6 +114,10 @@ class HyperSpec(Spec):
     loras_only: bool = param(
         FLAG, "LoRAs only", "With a base: no hyper-model is written, the base takes its place.", False, advanced=True
     )
+    compare: bool = param(
+        FLAG, "Compare with other ways",
+        "At the same size: own LoRAs, the published way, a container. A preview always does.", False, advanced=True,
+    )  # fmt: skip
     starts: int = param(
         INTEGER, "Starts", "Random starts that the solver tries; the best result is kept.", 3, bounds=(1, 100),
         advanced=True,

@@ -19,7 +19,8 @@ from ...files.unnamed import TextWriter, UnnamedFile, Written
 from ...files.writer import SafetensorsWriter, header_bytes
 from ...layouts.module import CONV, Module
 from ..outputs import RECIPE, STALE, parent
-from .container import CORES, DOWN, UP
+from .container import Stated, container_metadata, header_reserve, module_tensors
+from .finish import Box
 from .plan import HyperPlan
 from .recipe import Recipe
 
@@ -54,7 +55,8 @@ class Files:
                     reserve = _lora_header(plan, draft, i)
                     self.loras.append(self._stack.enter_context(SafetensorsWriter(path, reserve, overwrite)))
             if plan.writes_container:
-                reserve = _container_header(plan, draft)
+                names = [f"{layer.module.name}" for layer in plan.inputs.layers]
+                reserve = header_reserve(names, _container_metadata(plan, draft)) + _SLACK + 64 * plan.models
                 self.container = self._stack.enter_context(
                     SafetensorsWriter(plan.container_output, reserve, overwrite)
                 )
@@ -81,6 +83,12 @@ class Files:
             self.loras[i].add(name, tensor)
         (self._conv_ranks if module.kind == CONV else self._ranks)[i][module.name] = len(factors[1])
 
+    def add_box(self, module: Module, box: Box) -> None:
+        """The container's module."""
+        assert self.container is not None and module.name is not None and module.weight is not None
+        for name, tensor in module_tensors(module.name, box.up, box.down, box.cores, module.weight.shape):
+            self.container.add(name, tensor)
+
     def publish(self, recipe: Recipe, more: Sequence[UnnamedFile], journal: Path | None) -> list[Written]:
         """Seal everything and give the files their names: hyper-model, LoRAs, container, `more`, recipe."""
         files: list[UnnamedFile] = []
@@ -89,10 +97,11 @@ class Files:
             files.append(self.model)
         for i, writer in enumerate(self.loras):
             metadata = _lora_metadata(self.plan, recipe, i, self._ranks[i], self._conv_ranks[i])
-            writer.seal(lambda data, legacy, own=metadata: with_hashes(own, data, legacy))
+            writer.seal(lambda data, legacy, own=metadata: with_hashes(own, data, legacy))  # noqa: B023
             files.append(writer)
         if self.container is not None:
-            self.container.seal(lambda *_: {RECIPE: recipe.text()})
+            metadata = _container_metadata(self.plan, recipe)
+            self.container.seal(lambda *_: metadata)
             files.append(self.container)
         text = json.dumps(recipe.to_json(), ensure_ascii=False, indent=1)
         with TextWriter(self.plan.recipe_output, text, overwrite=self.plan.spec.overwrite) as last:
@@ -164,11 +173,6 @@ def _lora_header(plan: HyperPlan, draft: Recipe, i: int) -> int:
     return len(header_bytes(entries, metadata)) + _SLACK
 
 
-def _container_header(plan: HyperPlan, draft: Recipe) -> int:
-    entries: dict[str, dict] = {}
-    for layer in plan.inputs.layers:
-        name, weight = layer.module.name, layer.module.weight
-        assert weight is not None
-        shapes = {UP: layer.shape, DOWN: weight.shape, CORES: (9999, *layer.shape)}
-        entries |= {f"{name}.{part}": _entry(shape) for part, shape in shapes.items()}
-    return len(header_bytes(entries, {RECIPE: draft.text()})) + _SLACK + 128 * plan.models
+def _container_metadata(plan: HyperPlan, recipe: Recipe) -> dict[str, str]:
+    base = plan.inputs.template.base
+    return container_metadata(Stated(tuple(plan.inputs.labels), recipe.hyper, base), recipe)
