@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...algebra.hyper.allocation import plan_ranks
 from ...algebra.hyper.container import SharedCores
 from ...algebra.hyper.problem import Cores, Problem, Settings, Solution
 from ...algebra.hyper.solve import solve
@@ -148,6 +147,8 @@ def solve_parts(plan: HyperPlan, parts: list[Part], device: str, progress: Calla
     """
     spec, ranks = plan.spec, plan.ranks
     if spec.size is not None:
+        from ...algebra.hyper.allocation import plan_ranks
+
         largest = max(parts, key=lambda part: len(part.layers))
         budget = round(plan.numbers * sum(float(g.costs.sum()) for g in largest.problem.groups) / plan.per_rank)
         ranks = plan_ranks(largest.problem, budget, spec.count, settings_of(plan, lambda share: progress(share / 2)))
