@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class HyperSet:
         return load_file(self.hyper)
 
     def layers(self) -> list[tuple[str, str, slice]]:
-        return list(reachable(self.hyper))
+        return _layers(self.hyper)
 
     def restored(
         self, unet: Mapping[str, float], te: Mapping[str, float] | None = None, weights: Weights | None = None
@@ -52,6 +53,11 @@ class HyperSet:
                     weight = (unet if name.startswith("lora_unet") or te is None else te)[path.stem]
                     out[key][rows] += weight * deltas[name].reshape(out[key][rows].shape)
         return out
+
+
+@functools.cache
+def _layers(path: Path) -> list[tuple[str, str, slice]]:
+    return list(reachable(path))
 
 
 def random_lora(path: Path, layers: list[tuple[str, str, slice]], weights: Weights, rank: int, seed: int) -> Path:
