@@ -148,6 +148,13 @@ window.hypermerge = window.hypermerge || (() => {
         if (typeof switch_to_txt2img === "function") switch_to_txt2img();
     }
 
+    // writes into a text field as if a person had typed it
+    function fill(id, text) {
+        const box = root().querySelector(`#${id} textarea, #${id} input`);
+        box.value = text;
+        box.dispatchEvent(new Event("input", {bubbles: true}));
+    }
+
     // a checkpoint that was just written becomes the WebUI's model
     function load(name) {
         if (typeof selectCheckpoint === "function") selectCheckpoint(name);
@@ -190,6 +197,6 @@ window.hypermerge = window.hypermerge || (() => {
     }
     if (typeof onUiLoaded === "function") onUiLoaded(markHost); else markHost();
 
-    return {start, ended, resume, resumed, ask, answered, task: (verb) => tasks[verb] || "", copy, send, load,
+    return {start, ended, resume, resumed, ask, answered, task: (verb) => tasks[verb] || "", copy, send, fill, load,
         styles, shownJob, stylesSaved, addRow, clearRow};
 })();

@@ -32,12 +32,26 @@ def notes(texts: Iterable[str]) -> str:
 
 def button(verb: str, action: str, argument: str, label: str, number: int | None = None) -> str:
     """Calls hypermerge.<action>(argument) in the page's script.  number: where a result has several of it."""
-    quoted = escape(json.dumps(argument), quote=True)
     end = "" if number is None else f"_{number}"
     return (
         f'<button type="button" id="hypermerge_{verb}_{action}{end}" class="hypermerge-button hypermerge-{action}" '
-        f'onclick="hypermerge.{action}({quoted})">{escape(label)}</button>'
+        f'onclick="hypermerge.{action}({_quoted(argument)})">{escape(label)}</button>'
     )
+
+
+def _quoted(text: str) -> str:
+    """A text as the page's script reads it within an attribute."""
+    return escape(json.dumps(text), quote=True)
+
+
+def offers(element: str, label: str, texts: Iterable[str]) -> str:
+    """Buttons, each of which writes its text into the text field of that id."""
+    buttons = "".join(
+        f'<button type="button" class="hypermerge-button" '
+        f'onclick="hypermerge.fill({_quoted(element)}, {_quoted(text)})">{escape(text)}</button>'
+        for text in texts
+    )
+    return f'<div class="hypermerge-note hypermerge-offers">{escape(label)}: {buttons}</div>' if buttons else ""
 
 
 def prompt(report: Report) -> str:

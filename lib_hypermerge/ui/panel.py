@@ -17,11 +17,12 @@ from ..errors import HypermergeError, defect
 from ..jobs.runner import QUEUED, RUNNING, Job, Runner, forecast
 from ..jobs.spec import CHECKPOINT, FILES, FLAG, LORA, LORAS, OUTPUT, PREVIEW, has_preview
 from ..jobs.verbs import Verb
+from . import html
 from .compat import AT_ONCE, on, update
 from .results import error_html, job_html, plan_html
 from .styles import StyleControls, offers_styles
 from .trial import TrialControls, offers_trial
-from .widgets import MODELS, Control, Lists, control, element_id, keep_out_of_config, values_of
+from .widgets import MODELS, Control, Lists, control, element_id, keep_out_of_config, lists_of, values_of
 
 log = logging.getLogger("hypermerge")
 
@@ -258,14 +259,24 @@ class Panel:
             if any(params[f].kind == FILES and f in required and len(values[f]) < params[f].fewest for f in models):
                 return ""
             self._name_if_unnamed(values)
+            return self._offers(values) + self._planned(values)
+        except HypermergeError as error:
+            return error_html(error)
+
+    def _planned(self, values: dict[str, Any]) -> str:
+        try:
             return plan_html(forecast(self.verb, self.verb.spec.from_json(values), self.runner.host))
         except HypermergeError as error:
             return error_html(error)
 
+    def _offers(self, values: dict[str, Any]) -> str:
+        """What could stand in text fields, where the verb knows that from what is chosen already."""
+        offers = getattr(self.verb.load(), "offers", lambda values, host: {})(values, self.runner.host)
+        params = self.verb.spec.params()
+        return "".join(html.offers(self._id(field), params[field].label, texts) for field, texts in offers.items())
+
     def _lists(self) -> Lists:
-        host = self.runner.host
-        checkpoints, loras = host.checkpoints(), host.loras()
-        return {CHECKPOINT: checkpoints, LORA: loras, FILES: list(dict.fromkeys((*checkpoints, *loras)))}
+        return lists_of(self.runner.host.checkpoints(), self.runner.host.loras())
 
     def _names(self, chosen: Sequence[Any]) -> list[Any]:
         """Dropdown updates; a choice whose title has changed (a hash was added) follows its file."""

@@ -30,7 +30,9 @@ from ..jobs.verbs import VERBS
 MODELS = (CHECKPOINT, LORA, FILES, LORAS)  # kinds that are chosen from the host's lists
 _UNSAVED = (CHECKPOINT, LORA, FILES, OUTPUT)  # a WebUI stores the defaults of all other controls in ui-config.json
 
-Lists = dict[str, list[str]]  # kind of dropdown (CHECKPOINT, LORA, FILES) → names to choose from
+NONE = "(none)"  # a dropdown cannot be emptied again, so that what is optional has this choice
+
+Lists = dict[str, list[str]]  # kind of dropdown (CHECKPOINT, LORA, FILES; optional ones) → names to choose from
 
 
 @dataclass
@@ -47,6 +49,18 @@ def element_id(verb: str, field: str) -> str:
     return f"hypermerge_{verb}_{field}"
 
 
+def kind_of_list(param: Param) -> str:
+    """Which of the lists a dropdown shows."""
+    return f"optional {param.kind}" if param.optional and param.kind in (CHECKPOINT, LORA) else param.kind
+
+
+def lists_of(checkpoints: list[str], loras: list[str]) -> Lists:
+    """What every kind of dropdown shows."""
+    both = list(dict.fromkeys((*checkpoints, *loras)))
+    lists = {CHECKPOINT: checkpoints, LORA: loras, FILES: both}
+    return lists | {f"optional {kind}": [NONE, *lists[kind]] for kind in (CHECKPOINT, LORA)}
+
+
 def control(verb: str, name: str, param: Param, default: Any, lists: Lists) -> Control:
     """The control of a parameter, made inside the current gr.Blocks."""
     if param.kind == LORAS:
@@ -57,7 +71,7 @@ def control(verb: str, name: str, param: Param, default: Any, lists: Lists) -> C
     made = _component(param, default, lists, common)
     if param.kind in _UNSAVED or name == "overwrite" or _is_known(verb, param.label):
         keep_out_of_config(made)
-    pickers = [(made, param.kind)] if param.kind in lists else []
+    pickers = [(made, kind_of_list(param))] if param.kind in lists else []
     return Control(param, [made], lambda values: _single(param, values[0]), pickers)
 
 
@@ -71,7 +85,7 @@ def _component(param: Param, default: Any, lists: Lists, common: dict[str, Any])
     choices = [choice for choice, _ in param.choices]
     if param.kind in (CHECKPOINT, LORA):
         info = param.help if param.optional else None
-        return gr.Dropdown(choices=lists[param.kind], value=None, info=info, **common)
+        return gr.Dropdown(choices=lists[kind_of_list(param)], value=None, info=info, **common)
     if param.kind == FILES:
         return gr.Dropdown(choices=lists[FILES], value=[], multiselect=True, info=param.help, **common)
     if param.kind == FLAG:
@@ -100,7 +114,7 @@ def _meanings(param: Param) -> str:
 def _single(param: Param, value: Any) -> Any:
     if isinstance(value, str) and param.kind in (INTEGER, NUMBER):
         return number_of(param.label, value, param)
-    return None if value == [] else value
+    return None if value == [] or (value == NONE and param.kind in (CHECKPOINT, LORA)) else value
 
 
 def number_of(label: str, text: str, param: Param) -> Any:

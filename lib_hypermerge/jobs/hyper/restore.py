@@ -20,10 +20,11 @@ from ..workers import map_in_order, plan_workers
 from .recipe import snippet
 from .restore_join import Joined, join
 from .restore_lora import JoinPlan, components
+from .restore_offers import offers
 from .restore_plan import RestorePlan, make_plan
 from .restore_spec import RestoreSpec
 
-__all__ = ["RestoreSpec", "make_plan", "run"]
+__all__ = ["RestoreSpec", "make_plan", "offers", "run"]
 
 
 def run(plan: RestorePlan, host: Host, context: Context) -> Report:
