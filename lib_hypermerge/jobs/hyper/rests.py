@@ -61,13 +61,12 @@ class Rest:
 def plan_rests(inputs: Inputs, spec: HyperSpec, host: Host) -> list[Rest]:
     """Every tensor of the template that no layer covers, in the order of its file.
 
-    SpecError if a model named for the rest, or for the VAE, is none of them, or has no VAE.
+    SpecError if a model named for the rest, or for the VAE, is none of them, or has no such VAE.
     """
     rest_from = _named(spec.rest_from, inputs, spec, host, "Norms, biases and embeddings")
     vae_from = _named(spec.vae_from, inputs, spec, host, "The VAE")
-    if vae_from is not None and not (vae_from.vae and inputs.template.vae):
-        lacking = inputs.template if vae_from.vae else vae_from
-        raise SpecError(f"{lacking.file.path.name} has no VAE.", hint="Take the VAE from another model.")
+    if vae_from is not None:
+        _check_vae(inputs.template, vae_from)
     layers, places = _covered(inputs), _places(inputs.template)
     formats = tensor_plans(inputs, spec)
     out = []
@@ -192,6 +191,23 @@ def _find(model: Model, info: TensorInfo, place: _Place | None, kind: str) -> Te
         part = None if module is None else getattr(module, place.attribute)
         own = None if part is None else model.file.tensors[part.name]
     return own if own is not None and own.shape == info.shape and own.dtype in FLOATS else None
+
+
+def _check_vae(template: Model, model: Model) -> None:
+    if not template.vae:
+        raise SpecError(
+            f"{template.file.path.name} has no VAE, so the hyper-model has none either.",
+            hint="Put a model with a VAE first, or leave out where the VAE comes from.",
+        )
+    missing = [
+        key for key, info in template.vae.items() if (own := model.vae.get(key)) is None or own.shape != info.shape
+    ]
+    if missing:
+        raise SpecError(
+            f"{model.file.path.name} has no VAE of the same kind.",
+            f"{len(missing)} of its {len(template.vae)} tensors are missing or of another size, such as {missing[0]}.",
+            "Take the VAE from another model.",
+        )
 
 
 def _named(name: str | None, inputs: Inputs, spec: HyperSpec, host: Host, what: str) -> Model | None:
