@@ -406,7 +406,8 @@ def test_what_a_lora_brings_besides(files):
     norm = torch.ones(len(weights()[f"{NORM}.weight"]))
     name = "lora_unet_down_blocks_1_resnets_0"
     more = {
-        f"{name}_norm1.w_norm": norm, f"{name}_norm1.b_norm": norm.clone(), f"{name}_conv1.diff_b": torch.ones(len(weights()[CONVOLUTION])),
+        f"{name}_norm1.w_norm": norm, f"{name}_norm1.b_norm": norm.clone(),
+        f"{name}_conv1.diff_b": torch.ones(len(weights()[CONVOLUTION])),
         "bundle_emb.cat.string_to_param.*": torch.zeros(1, 8),
         "lora_unet_nothing.lora_up.weight": torch.zeros(2, 1), "lora_unet_nothing.lora_down.weight": torch.zeros(1, 2),
     }  # fmt: skip
