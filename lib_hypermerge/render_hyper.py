@@ -46,7 +46,7 @@ def describe(report: Report) -> list[tuple[str, str]]:
     rows = [
         (
             f"LoRA {lora['name']}",
-            f"rank {lora['rank']}, {mib(lora['bytes'])}, alone it carries {percent(lora['share'])}",
+            f"rank {lora['rank']}, {mib(lora['bytes'])}, carries {percent(lora['share'])} alone",
         )
         for lora in d["loras"]
     ]
@@ -63,10 +63,10 @@ def describe(report: Report) -> list[tuple[str, str]]:
         rows.append(("Missed at the same size", alternatives(d["alternatives"])))
     if d["better"]:
         rows.append(("LoRAs or container", d["better"]))
-    if len(d["curve"]) > 1:
-        rows.append(("Missed with the first LoRAs only", ", ".join(
-            f"{point['loras']}: {percent(point['residual_share'])} ({mib(point['bytes'])})" for point in d["curve"]
-        )))  # fmt: skip
+    firsts = [point for point in d["curve"] if 0 < point["loras"] < len(d["loras"])]
+    if firsts:
+        told = ", ".join(f"{p['loras']}: {percent(p['residual_share'])} ({mib(p['bytes'])})" for p in firsts)
+        rows.append(("Missed with the first LoRAs only", told))
     rows.append(("Of the whole change outside the LoRAs' layers", f"{percent(d['rest_share'])} (squared)"))
     rest = {model: part["rest_error"] for model, part in d["by_model"].items() if part["rest_error"] is not None}
     if rest:

@@ -64,7 +64,7 @@ def blocks_picture(by_model: dict[str, Any]) -> str:
         for block in part["blocks"]
     ]
     rows = [
-        [100 * part["components"][component]["blocks"][block]["relative_error"] for component, block in columns]
+        [100 * part["components"][component]["blocks"][block] for component, block in columns]
         for part in by_model.values()
     ]
     figure = Figure(figsize=(11, 1.5 + 0.28 * len(rows)), layout="constrained")

@@ -51,7 +51,7 @@ def _models(report: Report) -> str:
     body = ""
     for index, (model, error) in enumerate(d["models"].items()):
         body += f"<tr><td>{escape(model)}</td><td>{percent(error)}</td><td>{_prompt(d, model, index)}</td></tr>"
-    head = "<tr><th>Model</th><th>missed</th><th>Prompt that brings it back</th></tr>"
+    head = "<tr><th>Model</th><th>missed (norm)</th><th>Prompt that brings it back</th></tr>"
     save = (
         ""
         if d["preview"] or not any(d["prompts"].values())
