@@ -114,12 +114,13 @@ class JoinPlan:
 
     @property
     def bytes(self) -> int:
-        size, numbers = ITEMSIZE[self.dtype], 0
+        """The file's size, at most."""
+        size, numbers, alphas = ITEMSIZE[self.dtype], 0, 4 * len(self.units)
         for unit in self.units:
             if unit.is_layer:
                 numbers += tensor_bytes(unit.rank(self.spec.rank), *unit.module.matrix_shape, 1)
             numbers += sum(shape[0] for shape in unit.parts.values())
-        return numbers * size + self.header_reserve()
+        return 16 + numbers * size + alphas + self.header_reserve()
 
     @property
     def bytes_per_worker(self) -> int:
