@@ -57,7 +57,8 @@ def publish_together(files: Sequence[UnnamedFile], journal: Path | None = None) 
     except BaseException as error:
         published = {output.path for file, output in zip(files, outputs, strict=True) if file.has_its_name}
         for file in files:
-            file.abort()
+            with contextlib.suppress(OSError):
+                file.abort()
         _undo(outputs, published, error)
         _remove(journal)
         raise
