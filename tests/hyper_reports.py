@@ -22,7 +22,7 @@ def hyper_report(models: int = 4, ranks: tuple[int, ...] = (64, 32, 16), name: s
             "components": {
                 part: {
                     "relative_error": draw.random(),
-                    "blocks": {b: {"relative_error": draw.random()} for b in blocks},
+                    "blocks": {b: draw.random() for b in blocks},
                 }
                 for part, blocks in BLOCKS.items()
             },

@@ -271,7 +271,7 @@ def test_only_what_awaits_a_job_stands_in_the_queue(site: Site) -> None:
     at_once = [d for d in dependencies if d["queue"] is False and d["backend_fn"]]
     waiting = [d for d in dependencies if d["queue"] is not False and d["backend_fn"]]
     panels = [panel_of(site.runner, verb) for verb in VERBS]
-    assert len(waiting) == 2 * len(panels)  # run and resume
+    assert len(waiting) == sum(2 + bool(panel.preview) for panel in panels)  # run, preview and resume
     # what would happen, asked for at every change and after a run; interrupt, refresh and load
     assert len(at_once) == sum(len(panel.components) + 1 + 3 for panel in panels)
 

@@ -238,7 +238,7 @@ class Panel:
             number = 1
             while name and self._is_taken(name):
                 number += 1
-                name = f"{stem}-{number}"
+                name = getattr(self.verb.spec, "numbered", "{}-{}").format(stem, number)
         except (HypermergeError, OSError):  # a model's name need not do as ours, or its folder is not there
             return ""
         return name

@@ -24,6 +24,7 @@ class HyperSpec(Spec):
     """One hyper-model and K LoRAs that give back M checkpoints, each by its own multipliers."""
 
     verb: ClassVar[str] = "hyper"
+    numbered: ClassVar[str] = "{}{}"  # a second one of a name; NAME-2 is a LoRA
 
     models: tuple[str, ...] = param(
         FILES, "Models", "Two or more checkpoints of one family. With a base, LoRA files of any kind too.",
