@@ -141,6 +141,11 @@ def other_architectures(f: Files):
     return [f.model("a.safetensors"), f.model("b.safetensors", XL)], None
 
 
+@case(LayoutError, "x/m.safetensors", "y/m.safetensors", "tensors have different shapes")
+def models_of_one_name_that_differ_in_shape(f: Files):
+    return [f.model("x/m.safetensors"), f.model("y/m.safetensors", **{ATTENTION: torch.zeros(3, 5).half()})], None
+
+
 @case(LayoutError, "base.safetensors is Stable Diffusion 2", "a.safetensors is Stable Diffusion 1")
 def a_base_of_another_architecture(f: Files):
     return f.two(), f.model("base.safetensors", SD2)
@@ -194,6 +199,11 @@ def models_of_v_on_a_base_of_epsilon(f: Files):
 def a_lora_that_was_trained_on_a_model_of_v(f: Files):
     loras = [f.lora("style.safetensors", SD2, texts={"ss_base_model_version": "sd_v2_v"}), f.lora("x.safetensors", SD2)]
     return loras, f.model("base.safetensors", SD2, texts=EPS)
+
+
+@case(LayoutError, "y.safetensors: v-prediction; x.safetensors: epsilon")
+def loras_of_both_kinds(f: Files):
+    return [f.lora("x.safetensors", texts=EPS), f.lora("y.safetensors", texts=V_PRED)], f.model("base.safetensors")
 
 
 @case(SpecError, "style.safetensors is a LoRA", "Name the base that the LoRAs were trained on")
@@ -389,6 +399,12 @@ def test_sd2_files_that_do_not_say_what_they_predict(files):
     plain, v = files.model("a.safetensors", SD2), files.model("b.safetensors", SD2, texts=V_PRED)
     (said,) = warned([plain, v])
     assert said.startswith("a.safetensors: the file does not say") and "v or epsilon" in said
+
+
+def test_a_lora_for_v_prediction_on_a_base_that_is_not_marked(files):
+    style = files.lora("style.safetensors", texts=V_PRED)
+    (said,) = warned([style, files.lora("x.safetensors")], files.model("base.safetensors"))
+    assert said == "style.safetensors: trained on a model of v-prediction, which base.safetensors is not marked as."
 
 
 def test_loras_that_were_trained_on_other_models(files):

@@ -84,8 +84,11 @@ def refuse_kinds(models: Sequence[Model]) -> None:
 
 def file_names(paths: Sequence[Path]) -> list[str]:
     """What messages call files: their names, or whole paths where two have one name."""
-    names = [path.name for path in paths]
-    return [str(path) if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
+
+    def is_alone(path: Path) -> bool:
+        return all(other == path for other in paths if other.name == path.name)
+
+    return [path.name if is_alone(path) else str(path) for path in paths]
 
 
 def few(names: Sequence[str]) -> str:

@@ -33,24 +33,35 @@ def refuse(inputs: Inputs) -> None:
                 f"{inputs.template.file.path.name} is {inputs.template.title}.",
                 "Name the base that the LoRA was trained on.",
             )
-    found = predictions(inputs)
-    v, epsilon = ([name for name, kind in found if kind == wanted] for wanted in (prediction.V, prediction.EPSILON))
+    models, loras = _predictions(inputs)
+    v, epsilon = (_of_kind(wanted, models | loras) for wanted in (prediction.V, prediction.EPSILON))
+    if not epsilon and _of_kind(prediction.V, models) and _counts_as_epsilon(inputs):
+        epsilon = _of_kind("", models)
     if v and epsilon:
         raise LayoutError(
             f"{few(v)}: v-prediction; {few(epsilon)}: epsilon.",
-            "What they compute is not comparable: a mean of both gives noise.",
+            "What they compute is not comparable: a mean of both gives noise."
+            + (" A file without a mark counts as epsilon." if _counts_as_epsilon(inputs) else ""),
             "Merge models of one kind of prediction only.",
         )
 
 
-def predictions(inputs: Inputs) -> list[tuple[str, str]]:
-    """(file name, what it predicts or "") of the base, all checkpoints, and those LoRAs that say it."""
+def _predictions(inputs: Inputs) -> tuple[dict[str, str], dict[str, str]]:
+    """What the base and all checkpoints predict, "" where they do not say it, and those LoRAs that do; by file name."""
     models = ([] if inputs.base is None else [inputs.base]) + inputs.models
     names = file_names([model.file.path for model in models])
-    out = [(name, prediction.of_model(model)) for name, model in zip(names, models, strict=True)]
+    said = {name: prediction.of_model(model) for name, model in zip(names, models, strict=True)}
     loras = (source for source in inputs.sources if isinstance(source, LoraSource))
-    said = ((lora.path.name, prediction.of_lora(lora.lora.file.metadata)) for lora in loras)
-    return out + [(name, kind) for name, kind in said if kind]
+    kinds = {lora.path.name: prediction.of_lora(lora.lora.file.metadata) for lora in loras}
+    return said, {name: kind for name, kind in kinds.items() if kind}
+
+
+def _of_kind(kind: str, said: dict[str, str]) -> list[str]:
+    return [name for name, own in said.items() if own == kind]
+
+
+def _counts_as_epsilon(inputs: Inputs) -> bool:
+    return inputs.template.architecture.id in prediction.USUALLY_EPSILON
 
 
 def warnings(inputs: Inputs, spec: HyperSpec) -> list[str]:
@@ -97,11 +108,18 @@ def _members(inputs: Inputs) -> list[str]:
     marked = [model.file.path.name for model in models if _ZERO_SNR in model.file.tensors]
     if 0 < len(marked) < len(models):
         out.append(f"Only {few(marked)} is marked for zero terminal SNR; no LoRA carries that.")
-    unknown = [name for name, kind in predictions(inputs) if not kind]
-    if models[0].architecture.id in prediction.UNTOLD and unknown:
-        out.append(f"{few(unknown)}: the file does not say whether the model predicts v or "
-                   "epsilon; merging one kind with the other gives noise.")  # fmt: skip
-    return out
+    return out + _unsaid_predictions(inputs)
+
+
+def _unsaid_predictions(inputs: Inputs) -> list[str]:
+    models, loras = _predictions(inputs)
+    unsaid, v = _of_kind("", models), _of_kind(prediction.V, loras)
+    if unsaid and inputs.template.architecture.id in prediction.UNTOLD:
+        return [f"{few(unsaid)}: the file does not say whether the model predicts v or epsilon; merging one kind with "
+                "the other gives noise."]  # fmt: skip
+    return (
+        [f"{few(v)}: trained on a model of v-prediction, which {few(unsaid)} is not marked as."] if unsaid and v else []
+    )
 
 
 def _mixed_formats(inputs: Inputs) -> list[str]:

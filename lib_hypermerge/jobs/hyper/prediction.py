@@ -17,22 +17,20 @@ from ...layouts.module import Model
 V, EPSILON = "v", "epsilon"
 MARK = "v_pred"
 UNTOLD = frozenset(("sd2",))  # architectures of which both kinds go without a mark
-_PREDICTS_NOISE = frozenset(("sd1", "sdxl"))  # where hosts take a file without a mark for epsilon
+USUALLY_EPSILON = frozenset(("sd1", "sdxl"))  # where hosts take a file without a mark for epsilon
 _PARAMETERIZATION = re.compile(r"""^\s*parameterization:\s*["']?(\w+)""", re.MULTILINE)
 _MOST = 1 << 20  # bytes of a configuration
 
 
 def of_model(model: Model) -> str:
-    """V, EPSILON, or "" where it cannot be told or is neither."""
-    architecture = model.architecture.id
-    if architecture not in UNTOLD | _PREDICTS_NOISE:
+    """V, EPSILON, or "" where nothing says it or it is neither."""
+    if model.architecture.id not in UNTOLD | USUALLY_EPSILON:
         return ""
     if MARK in model.file.tensors:
         return V
     path = model.file.path
     told = _spoken(model.file.metadata.get("modelspec.prediction_type", ""))
-    told = told or (_of_pipeline(path) if path.is_dir() else _of_configuration(path.with_suffix(".yaml")))
-    return told or (EPSILON if architecture in _PREDICTS_NOISE else "")
+    return told or (_of_pipeline(path) if path.is_dir() else _of_configuration(path.with_suffix(".yaml")))
 
 
 def of_lora(metadata: Mapping[str, str]) -> str:
