@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...lazy import torch
-from .container import chunks, shared_cores
+from .container import SharedCores, chunks, shared_cores
 from .problem import Problem, Settings, Solution
 from .solve import GREEDY, solve
 
@@ -52,13 +52,14 @@ def numbers_of(problem: Problem, ranks: Sequence[int]) -> int:
 
 def alternatives(
     problems: Sequence[Problem], ranks: Sequence[int], settings: Settings, *, numbers: int | None = None,
-    allocate: bool = False, greedy: float | None = None,
+    allocate: bool = False, greedy: float | None = None, container: SharedCores | None = None,
 ) -> list[Alternative]:  # fmt: skip
     """What the plain average leaves, and at the size of LoRAs of these ranks: own LoRAs, greedy ones, a container.
 
     problems: solved independently of each other, such as the UNet's and the text encoders'; shares are of all their
     totals.  numbers: the size to compare at, by default that of LoRAs of these ranks.  allocate: layers' ranks of
-    own and greedy LoRAs follow what they gain; a container's always do.  greedy: its share where it is known.
+    own and greedy LoRAs follow what they gain; a container's always do.  greedy: its share, container: what it is,
+    where they are known.
     Raises what settings.check raises.
     """
     whole = joined(problems)
@@ -66,7 +67,7 @@ def alternatives(
     if greedy is None:
         found = [solve(problem, ranks, GREEDY, settings, allocate).loss[-1] * problem.total for problem in problems]
         greedy = _share(math.fsum(found), whole.total)
-    container = shared_cores(whole, size, settings)
+    container = container or shared_cores(whole, size, settings)
     return [
         Alternative(AVERAGE, 0, _share(whole.energy, whole.total)),
         Alternative(OWN, size, own_loras(whole, size, settings, allocate)),

@@ -14,11 +14,13 @@ class Cores:
 
     values: (L, M, p, q) float32, possibly memory-mapped: √ω_l · U_lᵀ·Δ_ml·V_l with orthonormal U_l (n, p),
     V_l (k, q).  costs: (L,) n + k, the numbers that one more rank takes.  most: (L,) min(n, k).
+    rows: (L,) n, where it is known.
     """
 
     values: torch.Tensor
     costs: torch.Tensor
     most: torch.Tensor
+    rows: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,6 @@ def header_reserve(names: Sequence[str], metadata: Mapping[str, str]) -> int:
     return len(header_bytes(entries, dict(metadata)))
 
 
-def stored_numbers(ranks: Sequence[int], shapes: Sequence[tuple[int, int]], models: int) -> int:
-    """Numbers that a container of these ranks holds; shapes: (n, k) of each layer."""
-    return sum(r * (n + k) + models * r * r for r, (n, k) in zip(ranks, shapes, strict=True))
-
-
 # --- reading -----------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,8 @@ _PRECISE_BELOW = 1e-3  # share of a layer's change under which its error is meas
 class Job:
     """A layer to finish.  downs: per LoRA (r_i, k) float32, r_i may be 0.  multipliers: (M, K) float64.
 
-    hyper: the number format of the hyper-model's rows.  box: the container's down (R, k) as rounded, if there is one.
+    hyper: the number format of the hyper-model's rows.  box: the container's down (b, k) as rounded, if there is one.
+    up_rank: columns of the container's up.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Job:
     multipliers: torch.Tensor
     hyper: str
     box: torch.Tensor | None = None
+    up_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Finisher:
             width = sum(map(len, downs))
             self._fit(done, kept, downs, products[:, :, :width])
         if job.box is not None:
-            made = container_finish.finish(products[:, :, len(A) - len(job.box) :].contiguous(), job.box, energies)
+            own = products[:, :, len(A) - len(job.box) :].contiguous()
+            made = container_finish.finish(own, job.box, energies, job.up_rank)
             done.box = Box(made.up, job.box, made.cores, made.errors)
         return done
 

@@ -199,7 +199,8 @@ class _Merge:
             return boxes, []
         greedy = residual_of(parts) if self.spec.solver == GREEDY else None
         allocate = self.spec.allocation == LAYERS
-        return boxes, alternatives(problems, ranks, settings, numbers=numbers, allocate=allocate, greedy=greedy)
+        return boxes, alternatives(problems, ranks, settings, numbers=numbers, allocate=allocate, greedy=greedy,
+                                   container=boxes)  # fmt: skip
 
     # --- the last pass ----------------------------------------------------------------------------
 
@@ -211,13 +212,13 @@ class _Merge:
         for index in order:
             (part, first), layer = part_of[index], self.plan.inputs.layers[index]
             basis = self.work.load(index).get("basis")
-            downs, box = part.downs(index), None if boxes is None else part.box(boxes, first, index)
+            downs, (box, up_rank) = part.downs(index), (None, 0) if boxes is None else part.box(boxes, first, index)
             if basis is not None:
                 downs = [down @ basis.float() for down in downs]
                 box = None if box is None else box @ basis.float()
             assert part.solution is not None and layer.module.weight is not None
             box = box.to(self.dtype) if box is not None and len(box) else None
-            yield Job(index, layer, downs, part.solution.multipliers, formats[layer.module.weight.name], box)
+            yield Job(index, layer, downs, part.solution.multipliers, formats[layer.module.weight.name], box, up_rank)
 
     def _finish(self, parts: list[Part], boxes: SharedCores | None, measures: Measures, files: Files | None) -> None:
         """Every tensor of the hyper-model in its order, and every layer, whether its tensor is written or not."""
@@ -260,7 +261,7 @@ class _Merge:
         if files.loras:
             for i, factors in enumerate(done.factors):
                 files.add(i, done.job.layer.module, factors)
-        if files.container is not None and done.box is not None:
+        if files.container is not None:
             files.add_box(done.job.layer.module, done.box)
 
 

@@ -43,8 +43,7 @@ class Measures:
             self.sums[side] = tuple(torch.zeros(s, dtype=torch.float64) for s in ((M,), (M, K), (K, K)))  # type: ignore[assignment]
         for total, own in zip(self.sums[side], (done.energies, done.inner, done.gram), strict=True):
             total += own
-        if done.box is not None:
-            self.boxed = self.boxed + done.box.errors
+        self.boxed = self.boxed + (done.energies if done.box is None else done.box.errors)
         self.fell_back += done.fell_back
 
     def add_rest(self, value: RestValue) -> None:

@@ -57,11 +57,14 @@ class Part:
         width = self.widths[index]
         return [scale * rows[a : a + rank, :width] for a, rank in zip(starts, ranks[row].tolist(), strict=True)]
 
-    def box(self, boxes: SharedCores, first: int, index: int) -> torch.Tensor:
-        """The container's down (R, q) float32 of a layer; first: where this part's groups begin among the boxes'."""
+    def box(self, boxes: SharedCores, first: int, index: int) -> tuple[torch.Tensor, int]:
+        """The container's down (b, q) float32 of a layer, and how many columns its up has.
+
+        first: where this part's groups begin among the boxes'.
+        """
         group, row = self.places[index]
-        rank = int(boxes.ranks[first + group][row])
-        return boxes.downs[first + group][row, :rank, : self.widths[index]]
+        a, b = int(boxes.up_ranks[first + group][row]), int(boxes.ranks[first + group][row])
+        return boxes.downs[first + group][row, :b, : self.widths[index]], a
 
 
 def parts_of(plan: HyperPlan, seen: Sequence[Seen], work: Work, folder: Path) -> list[Part]:
@@ -121,7 +124,8 @@ def _part(plan: HyperPlan, side: str, own: list[int], seen: Sequence[Seen], weig
             places[index] = (group, row)
         costs = torch.tensor([sum(plan.inputs.layers[i].shape) for i in members], dtype=torch.float64)
         most = torch.tensor([min(*plan.inputs.layers[i].shape, *seen[i].shape) for i in members])
-        groups.append(Cores(values, costs, most))
+        rows = torch.tensor([plan.inputs.layers[i].shape[0] for i in members])
+        groups.append(Cores(values, costs, most, rows))
     gram = torch.zeros(M, M, dtype=torch.float64)
     for index in own:
         gram += weights[index] ** 2 * seen[index].gram

@@ -83,9 +83,15 @@ class Files:
             self.loras[i].add(name, tensor)
         (self._conv_ranks if module.kind == CONV else self._ranks)[i][module.name] = len(factors[1])
 
-    def add_box(self, module: Module, box: Box) -> None:
-        """The container's module."""
+    def add_box(self, module: Module, box: Box | None) -> None:
+        """The container's module. None: nothing, but for the parts of fused layers, which A1111 applies all or none."""
         assert self.container is not None and module.name is not None and module.weight is not None
+        if box is None:
+            if not module.fused:
+                return
+            (n, k), dtype, M = module.matrix_shape, _dtype(self.plan), self.plan.models
+            up, down, cores = (torch.zeros(shape, dtype=dtype) for shape in ((n, 1), (1, k), (M, 1, 1)))
+            box = Box(up, down, cores, torch.zeros(M, dtype=torch.float64))
         for name, tensor in module_tensors(module.name, box.up, box.down, box.cores, module.weight.shape):
             self.container.add(name, tensor)
 
