@@ -25,7 +25,6 @@ from models import (
     rank_change,
     reachable,
     save_checkpoint,
-    torch_saves,
     tuned_weights,
 )
 from safetensors.torch import load_file, save_file
@@ -103,7 +102,6 @@ FORMATS = {
 @pytest.mark.parametrize("form", FORMATS)
 def test_rows_are_the_files_own_numbers(tmp_path, form):
     dtype, suffix = FORMATS[form]
-    assert dtype != torch.float8_e4m3fn or suffix == ".safetensors" or torch_saves(dtype)
     stored = [cast(weights, dtype) for weights in family()[:2]]
     if form.startswith("strided"):
         stored = [interleaved(weights) for weights in stored]
@@ -234,9 +232,8 @@ def test_rows_go_into_any_memory_and_into_no_fresh_one(tmp_path, monkeypatch):
 
 
 def test_threads_do_not_disturb_each_other(tmp_path):
-    base = family()[0]
     paths = [save_checkpoint(tmp_path / f"{i}.safetensors", cast(w, torch.float16)) for i, w in enumerate(family())]
-    lora, changes = write_lora(tmp_path / "lora.safetensors", paths[0], "dora_input")
+    lora, _ = write_lora(tmp_path / "lora.safetensors", paths[0], "dora_input")
     inputs = opened([*paths[1:], lora], paths[0])
     truth = {(source.label, layer.key): read(source, layer, 0, layer.shape[0])
              for source in inputs.sources for layer in inputs.layers}  # fmt: skip
@@ -255,7 +252,6 @@ def test_threads_do_not_disturb_each_other(tmp_path):
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
-    assert base and changes
     inputs.close()
 
 
