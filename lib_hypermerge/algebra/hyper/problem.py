@@ -44,8 +44,9 @@ class Problem:
 class Solution:
     """multipliers: (M, K) float64, largest |λ| of each LoRA 1 and positive.
 
-    downs: per group (L, Σr, q) float32: LoRA i's rows, balanced (√σ times orthonormal, descending), at offsets
-    Σ_{j<i} r_j; rows behind a layer's own rank are 0.  ups: per group (L, p, Σr) the other factors.
+    rooms: rows that each LoRA has in downs.  downs: per group (L, Σ rooms, q) float32: LoRA i's rows, balanced (√σ
+    times orthonormal, descending), at offset Σ_{j<i} rooms_j; rows behind a layer's own rank are 0.  ups: per group
+    (L, p, Σ rooms) the other factors.
     ranks: per group (L, K) int64.  loss: the residual share (of problem.total, error outside the cores counted in)
     after each iteration of the start that won; it never rises.  notes: what a person should know.
     """
@@ -55,6 +56,7 @@ class Solution:
     ups: list[torch.Tensor]
     ranks: list[torch.Tensor]
     loss: list[float]
+    rooms: Sequence[int] = ()
     notes: list[str] = field(default_factory=list)
 
 

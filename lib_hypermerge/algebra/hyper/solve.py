@@ -26,7 +26,7 @@ def solve(problem: Problem, ranks: Sequence[int], method: str, settings: Setting
         raise ValueError(f"unknown method {method!r}")
     if not ranks or min(ranks) < 1:
         raise ValueError("ranks of 1 or more are needed")
-    view = View(problem.groups, sum(_energy(cores.values) for cores in problem.groups))
+    view = View(problem.groups)
     outside = max(0.0, problem.energy - view.energy)
     own = uniform(problem, ranks)
     progress = _Progress(settings)
@@ -64,13 +64,13 @@ def _solution(
     notes: list[str],
 ) -> Solution:  # fmt: skip
     multipliers, ups, downs, own = assemble(fixed, ranks)
-    left = _measured(View(view.groups, view.energy), multipliers, ups, downs, ranks)
+    left = _measured(view, multipliers, ups, downs, ranks)
     losses = [max(loss, left) for loss in losses] + [left]
     shares = [(loss + outside) / total if total else 0.0 for loss in losses]
     empty = [i + 1 for i in range(len(ranks)) if not multipliers[:, i].any()]
     if empty:
         notes.append(f"LoRA {', '.join(map(str, empty))} is empty: the others leave nothing to it.")
-    return Solution(multipliers, downs, ups, own, shares, notes)
+    return Solution(multipliers, downs, ups, own, shares, tuple(ranks), notes)
 
 
 def _measured(
@@ -84,10 +84,6 @@ def _measured(
         rest = C.flatten(2) - multipliers.to(C) @ D
         total += float(rest.square().sum((1, 2)).cpu().double().sum())
     return total
-
-
-def _energy(values: torch.Tensor) -> float:
-    return sum(float(layer.square().sum().cpu().double()) for layer in values)
 
 
 def _notes(problem: Problem, ranks: Sequence[int]) -> list[str]:

@@ -26,7 +26,7 @@ class Job:
     """A layer to finish.  downs: per LoRA (r_i, k) float32, r_i may be 0.  multipliers: (M, K) float64.
 
     hyper: the number format of the hyper-model's rows.  box: the container's down (b, k) as rounded, if there is one.
-    up_rank: columns of the container's up.
+    up_rank: columns of the container's up.  mix: (K, M) float64, of LoRAs without a limit: D_i = Σ_m mix_im E_m.
     """
 
     index: int
@@ -36,6 +36,7 @@ class Job:
     hyper: str
     box: torch.Tensor | None = None
     up_rank: int = 0
+    mix: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Box:
 
 @dataclass
 class Finished:
-    """A layer as it is written.  rows: (n, k) of the hyper-model in its format.  factors: per LoRA (up, down).
+    """A layer as it is written.  rows: (n, k) of the hyper-model in its format.  factors: per LoRA (up, down);
+    whole: or its change as one matrix (n, k).
 
     energies, errors: (M,) float64, ‖W_m − hyper‖² and what the LoRAs leave of it.  inner (M, K) and gram (K, K): of
     the LoRAs as rounded.  box: the container's up, down and cores, and its errors.  status: written, or nonfinite.
@@ -64,6 +66,7 @@ class Finished:
     inner: torch.Tensor
     gram: torch.Tensor
     factors: list[tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=list)
+    whole: list[torch.Tensor] = field(default_factory=list)
     box: Box | None = None
     fell_back: bool = False
 
@@ -85,6 +88,8 @@ class Finisher:
         return self._finish(job, "cpu", True)
 
     def _finish(self, job: Job, device: str, fell_back: bool) -> Finished:
+        if job.mix is not None:
+            return self._finish_whole(job, job.mix)
         M, (n, k), K = self.stack.models, job.layer.shape, job.multipliers.shape[1]
         kept = [i for i, down in enumerate(job.downs) if len(down) and bool(down.any())]
         downs = [self._rounded(job.downs[i]) for i in kept]
@@ -110,6 +115,28 @@ class Finisher:
             own = products[:, :, len(A) - len(job.box) :].contiguous()
             made = container_finish.finish(own, job.box, energies, job.up_rank)
             done.box = Box(made.up, job.box, made.cores, made.errors)
+        return done
+
+    def _finish_whole(self, job: Job, mix: torch.Tensor) -> Finished:
+        """LoRAs of any rank: sums of the models' changes themselves. On the CPU: every number is used once."""
+        M, (n, k), K = self.stack.models, job.layer.shape, len(mix)
+        rows, wholes = torch.empty(n, k, dtype=torch_dtype(job.hyper)), torch.empty(K, n, k, dtype=self.dtype)
+        energies, errors = torch.zeros(M, dtype=torch.float64), torch.zeros(M, dtype=torch.float64)
+        inner, gram = torch.zeros(M, K, dtype=torch.float64), torch.zeros(K, K, dtype=torch.float64)
+        for start, stop, slab in self._slabs(job, rows, energies):
+            flat = slab.view(M, -1).double()
+            rounded = (mix @ flat).to(self.dtype)
+            wholes[:, start:stop] = rounded.view(K, stop - start, k)
+            D = rounded.double()
+            inner += flat @ D.mT
+            gram += D @ D.mT
+            errors += (flat - job.multipliers @ D).square_().sum(1)
+        status = "written" if bool(energies.isfinite().all()) else "nonfinite"
+        if status == "written":
+            for whole in wholes:
+                check_range(whole, self.dtype)
+        done = Finished(job, status, rows, energies, errors, inner, gram)
+        done.whole = list(wholes)
         return done
 
     def _fit(self, done: Finished, kept: list[int], downs: list[torch.Tensor], products: torch.Tensor) -> None:

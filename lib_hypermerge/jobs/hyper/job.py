@@ -28,7 +28,7 @@ from .recipe import Recipe
 from .rest_values import RestValues
 from .result import Ran, report_of
 from .sketch import Sketch, Sketcher
-from .solving import UNET, Part, Seen, parts_of, residual_of, settings_of, solve_parts
+from .solving import UNET, Part, Seen, directions_of, parts_of, residual_of, settings_of, solve_parts
 from .spec import GREEDY, LAYERS, HyperSpec
 from .stack import Stack
 from .work import Work
@@ -122,7 +122,9 @@ class _Merge:
         self.context.progress(0.0, "comparing")
 
         def look(index: int) -> tuple[int, Sketch | None]:
-            return index, None if self.work.has(index) else sketcher.sketch(layers[index])
+            if self.work.has(index):
+                return index, None
+            return index, sketcher.gram(layers[index]) if self.plan.full else sketcher.sketch(layers[index])
 
         for index, sketch in self._map(look, order):
             seen[index] = self._kept(index) if sketch is None else self._keep(index, sketch)
@@ -162,7 +164,11 @@ class _Merge:
         def progress(share: float) -> None:
             self.context.progress(_SKETCHED + (_SOLVED - _SKETCHED) * min(share, 1.0), "solving")
 
-        ranks = solve_parts(self.plan, parts, self.device, progress)
+        if self.plan.full:
+            directions_of(self.plan, parts)
+            ranks = (max(min(layer.shape) for layer in self.plan.inputs.layers),) * self.plan.full
+        else:
+            ranks = solve_parts(self.plan, parts, progress)
         for part in parts:
             assert part.solution is not None
             self.warnings += [note for note in part.solution.notes if note not in self.warnings]
@@ -192,6 +198,8 @@ class _Merge:
     def _compare(self, parts: list[Part], ranks: tuple[int, ...]) -> tuple[SharedCores | None, list[Alternative]]:
         """The container, if one is asked for, and what else there is of the same size."""
         problems = [part.problem for part in parts]
+        if self.plan.full:
+            return None, []
         settings = settings_of(self.plan, lambda share: self.context.check())
         numbers = self.plan.numbers if self.spec.size is not None else sum(numbers_of(p, ranks) for p in problems)
         boxes = shared_cores(joined(problems), numbers, settings) if self.plan.writes_container else None
@@ -211,14 +219,18 @@ class _Merge:
                    for index in part.layers}  # fmt: skip
         for index in order:
             (part, first), layer = part_of[index], self.plan.inputs.layers[index]
+            assert part.solution is not None and layer.module.weight is not None
+            hyper = formats[layer.module.weight.name]
+            if part.mix is not None:
+                yield Job(index, layer, [], part.solution.multipliers, hyper, mix=part.mix)
+                continue
             basis = self.work.load(index).get("basis")
             downs, (box, up_rank) = part.downs(index), (None, 0) if boxes is None else part.box(boxes, first, index)
             if basis is not None:
                 downs = [down @ basis.float() for down in downs]
                 box = None if box is None else box @ basis.float()
-            assert part.solution is not None and layer.module.weight is not None
             box = box.to(self.dtype) if box is not None and len(box) else None
-            yield Job(index, layer, downs, part.solution.multipliers, formats[layer.module.weight.name], box, up_rank)
+            yield Job(index, layer, downs, part.solution.multipliers, hyper, box, up_rank)
 
     def _finish(self, parts: list[Part], boxes: SharedCores | None, measures: Measures, files: Files | None) -> None:
         """Every tensor of the hyper-model in its order, and every layer, whether its tensor is written or not."""
@@ -261,6 +273,8 @@ class _Merge:
         if files.loras:
             for i, factors in enumerate(done.factors):
                 files.add(i, done.job.layer.module, factors)
+            for i, change in enumerate(done.whole):
+                files.add_whole(i, done.job.layer.module, change)
         if files.container is not None:
             files.add_box(done.job.layer.module, done.box)
 

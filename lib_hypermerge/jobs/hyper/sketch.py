@@ -55,6 +55,14 @@ class Sketcher:
         release(self.device)
         return self._sketch(layer, "cpu", True)
 
+    def gram(self, layer: Layer) -> Sketch:
+        """The Gram matrix alone, which is all that LoRAs of any rank need."""
+        M = self.stack.models
+        gram, centre = torch.zeros(M, M, dtype=torch.float64), 0.0
+        for _, _, _, own_gram, own_centre in self._slabs(layer, torch.float32, "cpu"):
+            gram, centre = gram + own_gram, centre + own_centre
+        return Sketch(layer, None, torch.empty(M, 0, 0), gram, centre)
+
     def _sketch(self, layer: Layer, device: str, fell_back: bool) -> Sketch:
         M, (n, k) = self.stack.models, layer.shape
         p, q = self.widths(layer)

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ...algebra.hyper.balance import unit_scale
 from ...algebra.hyper.container import SharedCores
+from ...algebra.hyper.directions import main_directions
 from ...algebra.hyper.problem import Cores, Problem, Settings, Solution
 from ...algebra.hyper.solve import solve
 from .plan import HyperPlan
@@ -44,15 +46,15 @@ class Part:
     places: dict[int, tuple[int, int]]
     weights: dict[int, float]
     widths: dict[int, int]
+    mix: torch.Tensor | None = None  # (K, M): how LoRAs without a limit of rank are made of the changes
     solution: Solution | None = None
 
     def downs(self, index: int) -> list[torch.Tensor]:
         """Per LoRA (r_i, q) float32, in the layer's own scale; r_i may be 0."""
         assert self.solution is not None
         group, row = self.places[index]
-        rows, ranks = self.solution.downs[group][row], self.solution.ranks[group]
-        ends = ranks.amax(0).cumsum(0).tolist()  # a group's LoRAs lie as wide as its widest layer needs
-        starts = [0, *ends[:-1]]
+        rows, ranks, rooms = self.solution.downs[group][row], self.solution.ranks[group], self.solution.rooms
+        starts = [sum(rooms[:i]) for i in range(len(rooms))]
         scale = self.weights[index] ** -0.5
         width = self.widths[index]
         return [scale * rows[a : a + rank, :width] for a, rank in zip(starts, ranks[row].tolist(), strict=True)]
@@ -115,7 +117,7 @@ def _part(plan: HyperPlan, side: str, own: list[int], seen: Sequence[Seen], weig
     for index in own:
         by_shape.setdefault(_padded(seen[index].shape), []).append(index)
     groups, places = [], {}
-    for group, ((p, q), members) in enumerate(by_shape.items()):
+    for group, ((p, q), members) in enumerate(by_shape.items() if not plan.full else ()):
         shape = (len(members), M, p, q)
         values = _mapped(folder / f"cores-{side}{p}-{q}.bin", shape) if plan.maps_cores else torch.zeros(shape)
         for row, index in enumerate(members):
@@ -144,7 +146,22 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="w+", shape=shape))  # a new file is all 0
 
 
-def solve_parts(plan: HyperPlan, parts: list[Part], device: str, progress: Callable[[float], None]) -> tuple[int, ...]:
+def directions_of(plan: HyperPlan, parts: list[Part]) -> None:
+    """The closed form where no rank is limited: the leading eigenvectors of the Gram matrix as multipliers, and the
+    sums of the models' changes by them as LoRAs (mix), orthogonal to each other (Eckart and Young)."""
+    for part in parts:
+        V = main_directions(part.problem.gram, plan.full)  # (M, K)
+        scales = torch.tensor([unit_scale(column) for column in V.mT], dtype=torch.float64)
+        multipliers = V / scales
+        left = part.problem.energy - float(((V.mT @ part.problem.gram) * V.mT).sum())
+        share = max(left, 0.0) / part.problem.total if part.problem.total > 0 else 0.0
+        part.solution = Solution(multipliers, [], [], [], [share])
+        part.mix = (V * scales).mT
+        if not bool(V.any(0).all()):
+            part.solution.notes.append("There are fewer directions than LoRAs: some LoRAs are empty.")
+
+
+def solve_parts(plan: HyperPlan, parts: list[Part], progress: Callable[[float], None]) -> tuple[int, ...]:
     """Fill in the solutions; returns the ranks, which are planned first where a size is given.
 
     progress: told the share done; may raise to stop.

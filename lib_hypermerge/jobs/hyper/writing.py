@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...adapters import lora
+from ...adapters import full, lora
 from ...files.checkpoint_writer import CheckpointWriter
 from ...files.dtypes import OUTPUT_DTYPES, torch_dtype
 from ...files.metadata import lora_metadata, with_hashes
@@ -82,6 +82,12 @@ class Files:
         for name, tensor in lora.tensors(module.name, *factors, module.weight.shape):
             self.loras[i].add(name, tensor)
         (self._conv_ranks if module.kind == CONV else self._ranks)[i][module.name] = len(factors[1])
+
+    def add_whole(self, i: int, module: Module, change: torch.Tensor) -> None:
+        """LoRA i's module as one matrix."""
+        assert module.name is not None and module.weight is not None
+        self.loras[i].add(f"{module.name}.{full.DIFF}", change.reshape(module.weight.shape))
+        self._ranks[i][module.name] = min(module.matrix_shape)
 
     def add_box(self, module: Module, box: Box | None) -> None:
         """The container's module. None: nothing, but for the parts of fused layers, which A1111 applies all or none."""
