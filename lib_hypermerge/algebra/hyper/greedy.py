@@ -7,11 +7,11 @@ on centred differences starts from rounding noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from ...lazy import torch
 from .joint import Run, begin, carry_on, random_multipliers
 from .problem import Settings
+from .sample import sample
 from .sweep import Fixed, Terms, View, sweep
 
 
@@ -19,20 +19,28 @@ def greedy(
     view: View, gram: torch.Tensor, ranks: Sequence[torch.Tensor], settings: Settings, check: Callable[[], None]
 ) -> tuple[list[Fixed], list[float]]:
     """The LoRAs in order, and the loss after each sweep. ranks: per group (L, K)."""
+    part = sample(view)
+    trial = part.view
+    found: list[Fixed] = []
     losses: list[float] = []
     for i in range(ranks[0].shape[1]):
         own = [group[:, i : i + 1] for group in ranks]
         runs = []
         for start in range(settings.starts):
             seed = (settings.seed + 7919 * (i + 1) + 104729 * start) % (1 << 32)
-            terms = begin(view, random_multipliers(gram, 1, seed), own, seed)
-            runs.append(carry_on(view, Run(terms, []), 1e-3, 10, check))
+            terms = begin(trial, random_multipliers(gram, 1, seed), part.ranks(own), seed)
+            runs.append(carry_on(trial, Run(terms, []), 1e-3, 10, check))
         best = min(runs, key=lambda run: run.loss)
+        if part.picked is not None:
+            carry_on(trial, best, settings.tolerance, settings.iterations, check)
+            best = Run(begin(view, best.terms.multipliers, own, settings.seed), [])
         carry_on(view, best, settings.tolerance, settings.iterations, check)
-        fixed, loss = settle(view, best.terms)
+        (term,), loss = settle(view, best.terms)
+        found.append(term)
         losses += [*best.losses, loss]
-        view = replace(view, energy=loss, fixed=(*view.fixed, *fixed))
-    return list(view.fixed), losses
+        view = view.less(term)
+        trial = view if part.picked is None else trial.less(part.fixed(term))
+    return found, losses
 
 
 def settle(view: View, terms: Terms, *, free: bool = True) -> tuple[list[Fixed], float]:

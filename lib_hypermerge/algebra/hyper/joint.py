@@ -1,4 +1,9 @@
-"""All LoRAs and multipliers together: alternating least squares from several starts, the best carried on."""
+"""All LoRAs and multipliers together: several starts, the best carried on by extrapolated alternating least squares.
+
+Plain alternating least squares creeps along narrow valleys. Each sweep here starts from where the last two point to,
+as in Nesterov's method with restarts (Mitchell, Ye, De Sterck 2020, Numer. Linear Algebra Appl. 27(6)); a sweep that
+raises the loss is thrown away, so it never rises.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,14 @@ from dataclasses import dataclass
 from ...lazy import torch
 from .directions import main_directions
 from .problem import Settings
-from .sweep import Layout, Terms, View, combine, sweep
+from .sample import sample
+from .sweep import Layout, Terms, View, combine, normalised, sweep
 
 RIDGE = 1e-5
-_BRIEF = 8  # sweeps after which starts are compared
+_BRIEF = 12  # sweeps after which starts are compared
+_STEP, _LONGEST = 0.5, 4.0  # extrapolation by this many times the last change, at first and at most
+_LONGER, _SHORTER = 1.1, 0.5
+_OVER = 3  # sweeps over which the change of the loss is judged
 
 
 @dataclass
@@ -52,15 +61,38 @@ def begin(view: View, multipliers: torch.Tensor, ranks: Sequence[torch.Tensor], 
 def carry_on(
     view: View, run: Run, tolerance: float, iterations: int, check: Callable[[], None], *, free: bool = True
 ) -> Run:
-    """Sweeps until one lowers the loss by less than tolerance of it, or iterations are used up."""
-    for _ in range(iterations):
+    """Sweeps until they lower the loss by less than tolerance of it each, or iterations are used up."""
+    terms, trial = run.terms, run.terms.copy()
+    step = longest = _STEP
+    done = 0
+    while done < iterations:
         check()
-        before = run.loss
-        loss = sweep(view, run.terms, RIDGE, 2, free=free)
-        run.losses.append(min(loss, before))  # what lies above is rounding
-        if len(run.losses) > 1 and before - loss <= tolerance * before:
+        done += 1
+        loss = sweep(view, trial, RIDGE, free=free)
+        if not loss < run.loss and step == 0:
+            break  # what a plain sweep adds is rounding
+        if not loss < run.loss:
+            longest, step = step * _SHORTER, 0.0
+            trial.go_back_to(terms)
+            continue
+        run.losses.append(loss)
+        extrapolate(terms, trial, step)
+        longest = min(longest * _LONGER, _LONGEST)
+        step = longest
+        recent = run.losses[-_OVER - 1 :]
+        if len(recent) > _OVER and recent[0] - recent[-1] <= _OVER * tolerance * recent[0]:
             break
     return run
+
+
+def extrapolate(terms: Terms, trial: Terms, step: float) -> None:
+    """terms become trial; trial goes on in the direction from the one to the other."""
+    for old, new in zip(terms.downs, trial.downs, strict=True):
+        old.sub_(new).mul_(-step).add_(new)
+    terms.downs, trial.downs = trial.downs, terms.downs
+    new = normalised(trial.multipliers)
+    trial.multipliers = new + step * (new - normalised(terms.multipliers))
+    terms.multipliers = new
 
 
 def random_multipliers(gram: torch.Tensor, count: int, seed: int) -> torch.Tensor:
@@ -80,19 +112,29 @@ def joint(
 ) -> Run:
     """The best of several starts: those begun, the main directions, and random multipliers.
 
-    ranks: per group (L, K).
+    Tried on a sample of the layers; the best goes on with all of them, beside those begun. ranks: per group (L, K).
     """
-    count = ranks[0].shape[1]
+    part = sample(view)
+    own, count = part.ranks(ranks), ranks[0].shape[1]
     main = main_directions(gram, count)
     empty = main.norm(dim=0) == 0
     main[:, empty] = random_multipliers(gram, int(empty.sum()), settings.seed)
-    starts = [terms.copy() for terms in begun]
-    starts.append(begin(view, main, ranks, settings.seed))
+    starts = [*map(part.terms, begun), begin(part.view, main, own, settings.seed)]
     for i in range(settings.starts):
         seed = (settings.seed + 104729 * (i + 1)) % (1 << 32)
-        starts.append(begin(view, random_multipliers(gram, count, seed), ranks, seed))
-    runs = [carry_on(view, Run(terms, []), settings.tolerance, _BRIEF, check) for terms in starts]
-    best = sorted(runs, key=lambda run: run.loss)[:2]
-    for run in best:
-        carry_on(view, run, settings.tolerance, settings.iterations, check)
-    return min(best, key=lambda run: run.loss)
+        starts.append(begin(part.view, random_multipliers(gram, count, seed), own, seed))
+    found = _best(part.view, [Run(terms, []) for terms in starts], settings, check)
+    if part.picked is None:
+        return found
+    starts = [begin(view, found.terms.multipliers, ranks, settings.seed), *(terms.copy() for terms in begun)]
+    return _best(view, [Run(terms, []) for terms in starts], settings, check, last=1)
+
+
+def _best(view: View, runs: list[Run], settings: Settings, check: Callable[[], None], last: int = 2) -> Run:
+    """All runs briefly, then the best ones (last many) to the end."""
+    for run in runs:
+        carry_on(view, run, settings.tolerance, _BRIEF, check)
+    runs = sorted(runs, key=lambda run: run.loss)[:last]
+    for run in runs:
+        carry_on(view, run, settings.tolerance, settings.iterations - _BRIEF, check)
+    return min(runs, key=lambda run: run.loss)

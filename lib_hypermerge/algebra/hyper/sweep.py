@@ -9,14 +9,17 @@ Shapes within a group: C (l, M, p, q) cores, A (l, R, q) downs and U (l, p, R) u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ...lazy import torch
 from .problem import Cores
 
 _BYTES = 16 << 20  # of cores at a time: a few of these fit every cache and every memory
 _DEVICE_BYTES = 256 << 20
+_COPIED = 32 << 20  # numbers
 _SHIFT = 1e-6  # of a unit diagonal: keeps Cholesky's factor real in float32
 
 
@@ -42,8 +45,10 @@ class Layout:
 
     def sum_blocks(self, wide: torch.Tensor) -> torch.Tensor:
         """(l, R, R) → (K, K) float64 on the CPU: sums over layers and blocks."""
-        summed = wide.sum(0).cpu().double()
-        return torch.stack([torch.stack([summed[a, b].sum() for b in self.slices]) for a in self.slices])
+        of = torch.arange(len(self.ranks)).repeat_interleave(torch.tensor(self.ranks))
+        sums = torch.zeros(len(self.ranks), self.total, dtype=torch.float64)
+        sums = sums.index_add_(0, of, wide.sum(0).cpu().double())
+        return torch.zeros(len(self.ranks), len(self.ranks), dtype=torch.float64).index_add_(1, of, sums)
 
 
 @dataclass
@@ -60,30 +65,10 @@ class Terms:
     def copy(self) -> Terms:
         return Terms(self.multipliers.clone(), [A.clone() for A in self.downs], self.layouts)
 
-
-@dataclass(frozen=True)
-class View:
-    """The cores of a problem, a few layers at a time, less what terms that stand already explain of them.
-
-    energy: what is left to explain, Σ ‖C_m‖².
-    """
-
-    groups: Sequence[Cores]
-    energy: float
-    fixed: Sequence[Fixed] = field(default=())
-
-    def chunks(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """(group, layers, C float32)."""
-        for g, cores in enumerate(self.groups):
-            layers, *shape = cores.values.shape
-            limit = _BYTES if cores.values.device.type == "cpu" else _DEVICE_BYTES
-            step = max(1, limit // (4 * max(1, shape[0] * shape[1] * shape[2])))
-            for start in range(0, layers, step):
-                part = slice(start, min(start + step, layers))
-                C = cores.values[part]
-                for term in self.fixed:
-                    C = term.taken_from(C, g, part)
-                yield g, part, C
+    def go_back_to(self, other: Terms) -> None:
+        self.multipliers = other.multipliers.clone()
+        for A, B in zip(self.downs, other.downs, strict=True):
+            A.copy_(B)
 
 
 @dataclass(frozen=True)
@@ -99,43 +84,73 @@ class Fixed:
         return C - self.multipliers.to(C)[:, None, None] * D[:, None]
 
 
-def sweep(
-    view: View,
-    terms: Terms,
-    ridge: float,
-    rounds: int = 1,
-    *,
-    free: bool = True,
-    ups: list[torch.Tensor] | None = None,
-) -> float:
+@dataclass(frozen=True)
+class View:
+    """The cores of a problem, a few layers at a time, less what LoRAs that stand already explain of them."""
+
+    groups: Sequence[Cores]
+    fixed: tuple[Fixed, ...] = ()
+
+    def chunks(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """(group, layers, C float32)."""
+        for g, cores in enumerate(self.groups):
+            layers, *shape = cores.values.shape
+            limit = _BYTES if cores.values.device.type == "cpu" else _DEVICE_BYTES
+            step = max(1, limit // (4 * max(1, math.prod(shape))))
+            for start in range(0, layers, step):
+                part = slice(start, min(start + step, layers))
+                C = cores.values[part]
+                for term in self.fixed:
+                    C = term.taken_from(C, g, part)
+                yield g, part, C
+
+    @cached_property
+    def energy(self) -> float:
+        """Σ ‖C_m‖², summed in float64."""
+        return sum(float(C.square().sum((1, 2, 3)).cpu().double().sum()) for _, _, C in self.chunks())
+
+    def less(self, term: Fixed) -> View:
+        """What is left beside one more LoRA: as a copy if that is small, else worked out whenever it is looked at."""
+        view = View(self.groups, (*self.fixed, term))
+        if sum(cores.values.numel() for cores in self.groups) > _COPIED:
+            return view
+        values = [torch.empty(cores.values.shape, device=cores.values.device) for cores in self.groups]
+        for g, part, C in view.chunks():
+            values[g][part] = C
+        return View([replace(cores, values=C) for cores, C in zip(self.groups, values, strict=True)])
+
+
+def sweep(view: View, terms: Terms, ridge: float, *, free: bool = True, ups: list[torch.Tensor] | None = None) -> float:
     """Improves terms in place; returns Σ ‖C_m − Σ_i λ_mi U_i A_i‖² after it.
 
     ridge: share of each term's own energy, ‖λ_i‖²‖D_i‖², that is added to what is minimised. It keeps two terms
     from growing without bound against each other, and shifts the solution by its square only.
-    rounds: of ups and downs before the multipliers.  free: False keeps the multipliers, scaled to norm 1.
-    ups: filled with (L, p, R) per group if given.
+    free: False keeps the multipliers, scaled to norm 1.  ups: filled with (L, p, R) per group if given.
+    The new downs describe their rows in the old ones' coordinates, so the two may be subtracted.
     """
-    unit = terms.multipliers / terms.multipliers.norm(dim=0).clamp_min(1e-300)
+    unit = normalised(terms.multipliers)
     gamma = ridged(unit.mT @ unit, ridge)
     models, count = unit.shape
     inner = torch.zeros(models, count, dtype=torch.float64)
     products = torch.zeros(count, count, dtype=torch.float64)
     for g, part, C in view.chunks():
-        layout, A = terms.layouts[g], terms.downs[g][part]
-        S = combine(unit, C)
-        weights = layout.expand(gamma.to(C))
-        for _ in range(rounds):
-            A = orthonormal(A, layout)
-            U = best_ups(S, A, weights, layout)
-            U = orthonormal(U.mT, layout).mT
-            A = best_downs(S, U, weights, layout)
-        terms.downs[g][part] = A
-        if ups is not None:
-            ups[g][part] = U
+        layout = terms.layouts[g]
+        S, weights = combine(unit, C), layout.expand(gamma.to(C))
+        A, bases = orthonormal(terms.downs[g][part], layout)
+        U = best_ups(S, A, weights, layout)
+        A = best_downs(S, U, weights, layout)
         inner += inner_products(C, U, A, layout)
         products += layout.sum_blocks((U.mT @ U) * (A @ A.mT))
+        if ups is None:
+            terms.downs[g][part] = in_bases(A, bases, layout)
+        else:
+            terms.downs[g][part], ups[g][part] = A, U
     terms.multipliers = best_multipliers(inner, products, ridge) if free else unit
     return loss_of(view.energy, terms.multipliers, inner, products)
+
+
+def normalised(multipliers: torch.Tensor) -> torch.Tensor:
+    return multipliers / multipliers.norm(dim=0).clamp_min(1e-300)
 
 
 def ridged(gram: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -182,27 +197,44 @@ def loss_of(energy: float, multipliers: torch.Tensor, inner: torch.Tensor, produ
 
 def inverse(N: torch.Tensor) -> torch.Tensor:
     """Of positive semi-definite (l, R, R), after scaling to a unit diagonal; zero rows count as absent."""
-    W, scale = _whitening(N)
-    return (W.mT @ W) * scale[:, :, None] * scale[:, None, :]
-
-
-def orthonormal(A: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Rows of each LoRA orthonormal (nearly so where they depend on each other); zero rows stay zero."""
-    out = []
-    for rows in layout.slices:
-        part = A[:, rows]
-        W, scale = _whitening(part @ part.mT)
-        out.append(W @ (scale[:, :, None] * part))
-    return torch.cat(out, 1)
-
-
-def _whitening(N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """W (l, R, R) and a scale (l, R): W·diag(scale)·N·diag(scale)·Wᵀ = 1 but for zero rows and the shift."""
-    diagonal = N.diagonal(dim1=1, dim2=2)
-    there = diagonal > 0
-    scale = torch.where(there, diagonal.clamp_min(1e-36).rsqrt(), torch.zeros_like(diagonal))
-    unit = N * scale[:, :, None] * scale[:, None, :]
-    unit.diagonal(dim1=1, dim2=2).add_(torch.where(there, _SHIFT, 1.0))
-    factor = torch.linalg.cholesky_ex(unit)[0]
+    factor, scale = _factor(N)
     identity = torch.eye(N.shape[1], dtype=N.dtype, device=N.device).expand_as(N)
-    return torch.linalg.solve_triangular(factor, identity, upper=False), scale
+    W = torch.linalg.solve_triangular(factor, identity, upper=False) * _inverse_or_zero(scale)[:, None, :]
+    return W.mT @ W
+
+
+Bases = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def orthonormal(A: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, Bases]:
+    """Rows of each LoRA orthonormal (nearly so where they depend on each other), and what leads back.
+
+    Zero rows stay zero.
+    """
+    out, bases = [], []
+    for rows in layout.slices:
+        factor, scale = _factor(A[:, rows] @ A[:, rows].mT)
+        scaled = _inverse_or_zero(scale)[:, :, None] * A[:, rows]
+        out.append(torch.linalg.solve_triangular(factor, scaled, upper=False))
+        bases.append((factor, scale))
+    return torch.cat(out, 1), bases
+
+
+def in_bases(A: torch.Tensor, bases: Bases, layout: Layout) -> torch.Tensor:
+    """What orthonormal did, undone."""
+    parts = zip(bases, layout.slices, strict=True)
+    return torch.cat([scale[:, :, None] * (factor @ A[:, rows]) for (factor, scale), rows in parts], 1)
+
+
+def _factor(N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cholesky's factor of N scaled to a unit diagonal, and the scale: N = diag(scale)·L·Lᵀ·diag(scale)."""
+    diagonal = N.diagonal(dim1=1, dim2=2)
+    scale = diagonal.clamp_min(0).sqrt()
+    inverse_scale = _inverse_or_zero(scale)
+    unit = N * inverse_scale[:, :, None] * inverse_scale[:, None, :]
+    unit.diagonal(dim1=1, dim2=2).add_(torch.where(scale > 0, _SHIFT, 1.0))
+    return torch.linalg.cholesky_ex(unit)[0], scale
+
+
+def _inverse_or_zero(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x > 0, 1 / x.clamp_min(1e-30), torch.zeros_like(x))
