@@ -151,7 +151,10 @@ def restore_describe(report: Report) -> list[tuple[str, str]]:
     d = report.details
     te = d["te_multipliers"]
     rows = [
-        (f"LoRA {name}", f"{weight:g}" + ("" if te is None else f", in text encoders {te[name]:g}"))
+        (
+            f"{'Share of' if d['container'] else 'LoRA'} {name}",
+            f"{weight:g}" + ("" if te is None else f", in text encoders {te[name]:g}"),
+        )
         for name, weight in d["multipliers"].items()
     ]
     if d["remainder"]:

@@ -73,12 +73,12 @@ def load(file: AdapterFile, entry: Entry) -> Adapter:
     return families.build({part: file.file.read(info) for part, info in entry.parts.items()}, entry.alpha)
 
 
-def open_lora(path: Path, model: Model) -> LoraInput:
-    """Open a LoRA for a checkpoint, and refuse what headers show to be wrong.
+def open_lora(source: Path | AdapterFile, model: Model) -> LoraInput:
+    """Open a LoRA for a checkpoint (or take over one that is open), and refuse what headers show to be wrong.
 
     Raises SpecError, FormatError (broken, half a module, parts that disagree) or LayoutError (for another model).
     """
-    file = open_adapter(path)
+    file = open_adapter(source) if isinstance(source, Path) else source
     try:
         resolution = resolve(file, model)
         out = LoraInput(file, resolution, check_entries(file, resolution, model.architecture.id))

@@ -18,7 +18,7 @@ from ..files.checkpoint_writer import TensorPlan, header_of
 from ..files.dtypes import ITEMSIZE
 from ..files.source import TensorInfo
 from ..files.writer import check_target
-from ..layouts.adapter_file import Entry
+from ..layouts.adapter_file import AdapterFile, Entry
 from ..layouts.module import Model
 from ..layouts.opening import open_checkpoint
 from . import block_weights
@@ -134,12 +134,12 @@ class MergePlan:
         }
 
 
-def make_plan(spec: MergeSpec, host: Host, paths: Sequence[Path] | None = None) -> MergePlan:
+def make_plan(spec: MergeSpec, host: Host, sources: Sequence[Path | AdapterFile] | None = None) -> MergePlan:
     """Open and check everything. Raises SpecError, FormatError, LayoutError, UnchangedError, OutputError.
 
-    paths: of the LoRAs, where these are not to be looked up by their names.
+    sources: of the LoRAs, where these are not to be looked up by their names; the plan takes them over.
     """
-    plan = plan_change(spec, host, host.checkpoint_output(spec.out), paths)
+    plan = plan_change(spec, host, host.checkpoint_output(spec.out), sources)
     try:
         refuse_inputs(plan.output, [plan.model.file.path, *(lora.path for lora in plan.loras)], host)
         plan.metadata = merged_metadata(spec, plan.model, plan.loras, plan.output.stem)
@@ -150,13 +150,15 @@ def make_plan(spec: MergeSpec, host: Host, paths: Sequence[Path] | None = None) 
     return plan
 
 
-def plan_change(spec: MergeSpec, host: Host, output: Path, paths: Sequence[Path] | None = None) -> MergePlan:
+def plan_change(
+    spec: MergeSpec, host: Host, output: Path, sources: Sequence[Path | AdapterFile] | None = None
+) -> MergePlan:
     """The same for the change alone: nothing is asked of the output."""
     model = open_checkpoint(host.resolve_checkpoint(spec.checkpoint))
     plan = MergePlan(spec, output, model)
     try:
         for index, item in enumerate(spec.loras):
-            lora = open_lora(host.resolve_lora(item.lora) if paths is None else paths[index], model)
+            lora = open_lora(host.resolve_lora(item.lora) if sources is None else sources[index], model)
             plan.loras.append(lora)
             _add_steps(plan, lora, item)
         _plan_tensors(plan)

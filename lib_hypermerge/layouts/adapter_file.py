@@ -122,6 +122,11 @@ def open_adapter(path: str | Path) -> AdapterFile:
         raise
 
 
+def read_adapter(file: TensorFile) -> AdapterFile:
+    """An open file of tensors as an adapter, without a configuration. Raises FormatError or LayoutError."""
+    return _read(file, {})
+
+
 def _config(path: Path) -> peft.PeftConfig:
     try:
         return peft.read_config(path.read_text(encoding="utf-8"), path.name)

@@ -11,74 +11,69 @@ from typing import Any
 from ...files.dtypes import torch_dtype
 from ...files.metadata import with_hashes
 from ...files.writer import SafetensorsWriter
-from ...layouts.module import CONV
 from .. import merge
 from ..host import Context, Host
 from ..merge_plan import MergePlan
 from ..report import Output, Report
 from ..workers import map_in_order, plan_workers
 from .recipe import snippet
-from .restore_join import Joined, join
-from .restore_lora import JoinPlan, components
+from .restore_container import ContainerPlan
+from .restore_join import JoinPlan
 from .restore_offers import offers
 from .restore_plan import RestorePlan, make_plan
 from .restore_spec import RestoreSpec
+from .restore_units import Joined
 
 __all__ = ["RestoreSpec", "make_plan", "offers", "run"]
 
 
 def run(plan: RestorePlan, host: Host, context: Context) -> Report:
-    """Carry out a plan. Raises Cancelled, NumericalError, OutputError, InputChangedError."""
-    if isinstance(plan.inner, MergePlan):
-        report = merge.run(plan.inner, host, context)
+    """Carry out a plan. Raises Cancelled, NumericalError, FormatError, OutputError, InputChangedError."""
+    inner, wanted = plan.inner, plan.wanted
+    if isinstance(inner, MergePlan):
+        report, hyper = merge.run(inner, host, context), inner.model.file.path.name
     else:
-        report = _write_lora(plan.inner, host, context)
+        report, hyper = _write_lora(inner, host, context), inner.hyper
     report.verb = "restore"
-    report.warnings[:0] = plan.wanted.warnings
-    report.details |= {
-        "kind": plan.spec.kind, "hyper": plan.inner.model.file.path.name, "container": plan.spec.container,
-        **plan.wanted.to_json(),
-    }  # fmt: skip
+    report.warnings[:0] = wanted.warnings
+    report.details |= {"kind": plan.spec.kind, "hyper": hyper, **wanted.to_json()}
+    if isinstance(inner, ContainerPlan) and wanted.remainder:
+        report.details["prompt"] += snippet({wanted.remainder: 1.0})
     return report
 
 
-def _write_lora(plan: JoinPlan, host: Host, context: Context) -> Report:
+def _write_lora(plan: JoinPlan | ContainerPlan, host: Host, context: Context) -> Report:
     context.progress(0.0, "joining")
     workers, threads = plan_workers(host.threads(), "cpu", plan.bytes_per_worker)
-    dtype, most = torch_dtype(plan.dtype), plan.spec.rank
-    joined = map_in_order(lambda unit: join(unit, most, dtype), plan.units, workers, threads, context.check)
-    tally = _Tally(len(plan.units))
+    tasks = plan.tasks(torch_dtype(plan.dtype))
+    made, tally = map_in_order(lambda task: task(), tasks, workers, threads, context.check), _Tally(len(tasks))
     with SafetensorsWriter(plan.output, plan.header_reserve(), plan.spec.overwrite) as writer:
-        for module in tally.counted(joined):
+        for module in tally.counted(made):
             for name, tensor in module.tensors:
                 writer.add(name, tensor)
-            context.progress(0.99 * tally.share, module.unit.name)
+            context.progress(0.99 * tally.share, module.name)
         plan.check_unchanged()
         texts = plan.metadata(tally.ranks, tally.conv_ranks)
         written = writer.commit(lambda data, legacy: with_hashes(texts, data, legacy))
-    error = math.sqrt(tally.error2 / tally.energy) if tally.energy else 0.0
-    return Report(
-        "restore", [Output(str(written.path), written.bytes, written.sha256)], error, tally.done,
-        sum(plan.left_out.values()), sum(len(lora.resolution.unmatched) for lora in plan.loras),
-        list(plan.warnings), time.perf_counter() - plan.begun, {**tally.to_json(), **_details(plan)},
-    )  # fmt: skip
-
-
-def _details(plan: JoinPlan) -> dict[str, Any]:
-    return {
-        "architecture": plan.model.title,
-        "components": components(plan),
-        "skipped_because": dict(plan.left_out),
+    details: dict[str, Any] = {
+        "architecture": plan.title,
+        "components": plan.components,
+        "ranks": tally.modules_by_rank(),
+        "skipped_because": {why: count for why, count in plan.left_out.items() if count},
         "prompt": snippet({plan.output.stem: 1.0}),
         "device": "cpu",
     }
+    return Report(
+        "restore", [Output(str(written.path), written.bytes, written.sha256)], tally.relative_error, tally.done,
+        sum(plan.left_out.values()), plan.unmatched, list(plan.warnings), time.perf_counter() - plan.begun, details,
+    )  # fmt: skip
 
 
 class _Tally:
     """What the report and the metadata tell of the modules."""
 
     def __init__(self, whole: int):
-        self.whole, self.done, self.compressed = whole, 0, 0
+        self.whole, self.done = whole, 0
         self.energy = self.error2 = 0.0
         self.ranks: dict[str, int] = {}
         self.conv_ranks: dict[str, int] = {}
@@ -86,18 +81,21 @@ class _Tally:
     def counted(self, modules: Iterator[Joined]) -> Iterator[Joined]:
         for module in modules:
             self.done += 1
-            self.compressed += module.compressed
             self.energy += module.energy
             self.error2 += module.error2
             if module.rank:
-                ranks = self.conv_ranks if module.unit.module.kind == CONV else self.ranks
-                ranks[module.unit.name] = module.rank
+                (self.conv_ranks if module.is_conv else self.ranks)[module.name] = module.rank
             yield module
 
     @property
     def share(self) -> float:
         return self.done / self.whole
 
-    def to_json(self) -> dict[str, Any]:
+    @property
+    def relative_error(self) -> float:
+        """Of what was written, against the exact sum."""
+        return math.sqrt(self.error2 / self.energy) if self.energy else 0.0
+
+    def modules_by_rank(self) -> dict[str, int]:
         ranks = Counter([*self.ranks.values(), *self.conv_ranks.values()])
-        return {"ranks": {str(rank): count for rank, count in sorted(ranks.items())}, "compressed": self.compressed}
+        return {str(rank): count for rank, count in sorted(ranks.items())}
