@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from ...lazy import torch
 from .balance import assemble
@@ -65,7 +66,7 @@ def _solution(
 ) -> Solution:  # fmt: skip
     multipliers, ups, downs, own = assemble(fixed, ranks)
     left = _measured(view, multipliers, ups, downs, ranks)
-    losses = [max(loss, left) for loss in losses] + [left]
+    losses = list(accumulate([left, *reversed(losses)], max))[::-1]  # what was lower was so by rounding alone
     shares = [(loss + outside) / total if total else 0.0 for loss in losses]
     empty = [i + 1 for i in range(len(ranks)) if not multipliers[:, i].any()]
     if empty:

@@ -20,16 +20,18 @@ from ..devices import resolve_device
 from ..host import Context, Host
 from ..report import Report
 from ..workers import map_in_order, plan_workers, threads_for
+from . import remainders
 from .finish import Finished, Finisher, Job
 from .inputs import Layer, blame
 from .measure import Measures
 from .plan import HyperPlan, make_plan
 from .recipe import Recipe
+from .remainders import Remainder
 from .rest_values import RestValues
 from .result import Ran, report_of
 from .sketch import Sketch, Sketcher
 from .solving import UNET, Part, Seen, directions_of, parts_of, residual_of, settings_of, solve_parts
-from .spec import GREEDY, LAYERS, HyperSpec
+from .spec import GREEDY, LAYERS, NONE, HyperSpec
 from .stack import Stack
 from .work import Work
 from .writing import Files, parameters, parents
@@ -75,6 +77,7 @@ class _Merge:
         self.workers, self.threads = plan_workers(host.threads(), self.device, 128 << 20)
         self.dtype = torch_dtype(OUTPUT_DTYPES[plan.spec.dtype])
         self.stack = Stack(plan.inputs, plan.weights)
+        self.values = RestValues(plan.inputs, plan.spec, plan.rests, context.check)
         self.warnings = list(plan.warnings)
         self.steps: dict[str, float] = {}
         self.fell_back = 0
@@ -93,14 +96,23 @@ class _Merge:
             files = None if self.spec.preview else stack.enter_context(Files(self.plan, ranks, draft))
             self._finish(parts, boxes, measures, files)
             self.plan.inputs.check_unchanged()
-            recipe = replace(draft, models=measures.models(), residual_share=measures.residual_share)
-            self.context.progress(0.98, "saving")
-            written = [] if files is None else files.publish(recipe, (), self.work.journal)
+            self.context.progress(0.97, "saving")
+            rests = self._remainders(draft.hyper, files is not None)
+            for rest in rests:
+                if rest.writer is not None:
+                    stack.enter_context(rest.writer)
+            recipe = replace(
+                draft, models=measures.models(), residual_share=measures.residual_share,
+                remainders={rest.label: rest.path.stem for rest in rests},
+            )  # fmt: skip
+            more = [rest.writer for rest in rests if rest.writer is not None]
+            self.context.check()
+            written = [] if files is None else files.publish(recipe, more, self.work.journal)
         self.fell_back += measures.fell_back
         if self.fell_back:
             self.warnings.append(f"{self.fell_back} layers were computed on the CPU: the device ran out of memory.")
         ran = Ran(self.steps, self.device, self.workers * self.threads, self.work.resumed, self.warnings)
-        return report_of(self.plan, recipe, parts, seen, measures, others, written, ran)
+        return report_of(self.plan, recipe, parts, seen, measures, others, rests, written, ran)
 
     @contextlib.contextmanager
     def _timed(self, step: str) -> Iterator[None]:
@@ -243,8 +255,7 @@ class _Merge:
         finisher = Finisher(self.stack, self.dtype, self.device)
         jobs = self._jobs(parts, boxes, order, {name: tensor.dtype for name, tensor in tensors.items()})
         finished = self._map(finisher.finish, jobs)
-        values = RestValues(self.plan.inputs, self.spec, self.plan.rests, self.context.check)
-        self.warnings += values.warnings
+        self.warnings += self.values.warnings
         rests = {rest.name: rest for rest in self.plan.rests}
         model = None if files is None else files.model
         whole, done = sum(map(_numel, layers)), 0
@@ -259,10 +270,18 @@ class _Merge:
                 done += _numel(layer.job.layer)
                 self.context.progress(_SOLVED + (0.97 - _SOLVED) * done / whole, layer.job.layer.key)
             if name in rests:
-                value = values.value(rests[name])
+                value = self.values.value(rests[name])
                 measures.add_rest(value)
                 if model is not None:
                     model.more(value.tensor)
+
+    def _remainders(self, hyper: str, write: bool) -> list[Remainder]:
+        plan, spec = self.plan, self.spec
+        if spec.remainders == NONE:
+            return []
+        return remainders.make(
+            plan.inputs, spec, plan.rests, self.values, plan.rest_files, hyper, write, self.context.check
+        )
 
     def _take(self, done: Finished, measures: Measures, files: Files | None) -> None:
         if done.status == "nonfinite":

@@ -57,6 +57,11 @@ class Measures:
         change = float(torch.as_tensor(self.rest_changes).sum())
         return _share(change, change + self.total)
 
+    def rest_error2(self, m: int) -> float:
+        """A model's squared error outside the layers."""
+        errors = torch.as_tensor(self.rest_errors)
+        return float(errors[m]) if errors.dim() else 0.0
+
     def rest_error(self, m: int) -> float | None:
         """A model's relative error outside the layers; None if it is as the mean (or base) there."""
         changes, errors = torch.as_tensor(self.rest_changes), torch.as_tensor(self.rest_errors)

@@ -15,7 +15,9 @@ from ..report import Output, Report
 from .measure import Measures, similarity
 from .plan import HyperPlan
 from .recipe import Recipe
+from .remainders import Remainder
 from .solving import Part, Seen, residual_of
+from .spec import DIRECTIONS
 
 _NAMES = {
     "average": "plain average", "own": "own LoRA per model", "greedy": "shared LoRAs, one after another",
@@ -36,7 +38,7 @@ class Ran:
 
 def report_of(
     plan: HyperPlan, recipe: Recipe, parts: Sequence[Part], seen: Sequence[Seen], measures: Measures,
-    others: Sequence[Alternative], written: Sequence[Written], ran: Ran,
+    others: Sequence[Alternative], rests: Sequence[Remainder], written: Sequence[Written], ran: Ran,
 ) -> Report:  # fmt: skip
     """The report; residual shares are measured on the rounded numbers that were, or would be, written."""
     spec, labels = plan.spec, plan.inputs.labels
@@ -45,7 +47,7 @@ def report_of(
     details: dict[str, Any] = {
         "architecture": plan.inputs.template.title,
         "preview": spec.preview,
-        "solver": spec.solver,
+        "solver": DIRECTIONS if plan.full else spec.solver,
         "residual_share": measures.residual_share,
         "multipliers": recipe.multipliers,
         "te_multipliers": recipe.te_multipliers,
@@ -70,7 +72,13 @@ def report_of(
         "better": _better(parts, others),
         "rest_share": measures.rest_share,
         "container": _container(plan, measures, on_disk) if plan.writes_container else None,
-        "remainders": {},
+        "remainders": {
+            rest.label: {
+                "name": rest.path.stem, "bytes": rest.bytes,
+                "restores": rest.restores(measures.rest_error2(labels.index(rest.label))),
+            }
+            for rest in rests
+        },
         "steps": ran.steps,
         "device": ran.device,
         "threads": ran.threads,
@@ -118,7 +126,7 @@ def _better(parts: Sequence[Part], others: Sequence[Alternative]) -> str:
     return f"These LoRAs leave {percent(saved)} less of the squared error than a container of the same size."
 
 
-def _loss(parts: list[Part]) -> list[float]:
+def _loss(parts: Sequence[Part]) -> list[float]:
     """Of all parts together; one that has ended stays as it was."""
     runs = [(part.solution.loss, part.problem.total) for part in parts if part.solution is not None]
     whole = sum(total for _, total in runs)
