@@ -1,4 +1,4 @@
-"""What else the bytes of K shared LoRAs would buy, and what fewer of the LoRAs would: measured on the cores."""
+"""What else the bytes of K shared LoRAs would buy, measured on the cores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...lazy import torch
 from .container import SharedCores, chunks, shared_cores
-from .problem import Problem, Settings, Solution
+from .problem import Problem, Settings
 from .solve import GREEDY, solve
 
 AVERAGE, OWN, CONTAINER = "average", "own", "container"
@@ -21,15 +21,6 @@ class Alternative:
     """kind: average, own, greedy or container.  numbers: stored besides the hyper-model.  share: what is left."""
 
     kind: str
-    numbers: int
-    share: float
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The first `loras` of the LoRAs alone, with multipliers fitted to them."""
-
-    loras: int
     numbers: int
     share: float
 
@@ -120,50 +111,6 @@ def _spectra(C: torch.Tensor, count: int, seed: int) -> torch.Tensor:
             Q = X @ (X.mT @ torch.linalg.qr(Q).Q)
         X = torch.linalg.qr(Q).Q.mT @ X
     return torch.linalg.eigvalsh(X @ X.mT).flip(-1)[..., :count].clamp_min(0)
-
-
-def prefix_curve(problems: Sequence[Problem], solutions: Sequence[Solution], ranks: Sequence[int]) -> list[Prefix]:
-    """What the first k of the LoRAs leave, k = 0 … K, with Λ = [⟨C_m, D_i⟩]·[⟨D_i, D_j⟩]⁺ over those alone.
-
-    problems, solutions: as in `alternatives`, a solution of each.  ranks: that they were solved for.
-    """
-    K = len(ranks)
-    left, numbers = [0.0] * (K + 1), [0] * (K + 1)
-    for problem, solution in zip(problems, solutions, strict=True):
-        inner, products = _products(problem, solution, ranks)
-        for k in range(K + 1):
-            left[k] += problem.energy - _explained(inner[:, :k], products[:k, :k])
-            numbers[k] += sum(
-                int((group.costs.cpu().double() * own[:, :k].sum(1).double()).sum())
-                for group, own in zip(problem.groups, solution.ranks, strict=True)
-            )
-    total = math.fsum(problem.total for problem in problems)
-    return [Prefix(k, numbers[k], _share(max(left[k], 0.0), total)) for k in range(K + 1)]
-
-
-def _products(problem: Problem, solution: Solution, ranks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, K) and (K, K) float64: ⟨C_m, D_i⟩ and ⟨D_i, D_j⟩ over all layers."""
-    M, K = solution.multipliers.shape
-    inner, products = torch.zeros(M, K, dtype=torch.float64), torch.zeros(K, K, dtype=torch.float64)
-    whose = torch.arange(K).repeat_interleave(torch.tensor(ranks))  # LoRA of each row
-    member = torch.nn.functional.one_hot(whose, K).double()  # (Σr, K)
-    for group, ups, downs in zip(problem.groups, solution.ups, solution.downs, strict=True):
-        for index, C in chunks(group):
-            U, A = ups[index].to(C), downs[index].to(C)
-            onto = ((C @ A.mT[:, None]) * U[:, None]).sum(2)  # (B, M, Σr)
-            both = (U.mT @ U) * (A @ A.mT)
-            inner += onto.cpu().double().sum(0) @ member
-            products += member.mT @ both.cpu().double().sum(0) @ member
-    return inner, products
-
-
-def _explained(inner: torch.Tensor, products: torch.Tensor) -> float:
-    """Σ_m of what the best multipliers explain; a LoRA of zeros explains nothing."""
-    scale = products.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(scale > 0, 1 / scale.clamp_min(1e-150), torch.zeros_like(scale))
-    solved = torch.linalg.pinv(products * scale[:, None] * scale, rtol=1e-10, hermitian=True)
-    onto = inner * scale
-    return float(((onto @ solved) * onto).sum())
 
 
 def better(loras: float, container: float) -> tuple[str, float]:
