@@ -59,7 +59,8 @@ def save(folder, models, dtypes=(torch.float32,) * 4):
 def look(paths, **options):
     """(template's weights, models' weights, name → (rest, value), warnings, names of layers)."""
     spec = HyperSpec.from_json(
-        {"models": [str(p) for p in paths], "name": "x", "ranks": "2"} | {k: str(v) for k, v in options.items()}
+        {"models": [str(p) for p in paths], "name": "x", "ranks": "2"}
+        | {k: v if v is True else str(v) for k, v in options.items()}
     )
     inputs = open_inputs(spec, PathHost())
     try:
@@ -147,6 +148,17 @@ def test_with_a_base_changes_count_from_it_and_means_are_the_models(tmp_path, fa
     found, _ = look(paths[1:], base=paths[0], rest_from=paths[0], vae_from=paths[0])
     for name, (_, value) in found.items():
         assert torch.equal(value.tensor, base[name])
+
+
+def test_where_loras_alone_are_written_the_base_is_what_they_stand_on(tmp_path, family):
+    paths = save(tmp_path, with_vae(family, [0, 0.05, 0])[:2] + [family[0]])
+    models = [load_file(path) for path in paths]
+    found, warnings = look(paths[:2], base=paths[2], loras_only=True)
+    assert not warnings
+    for name, (_, value) in found.items():
+        assert torch.equal(value.tensor, models[2][name])
+        assert torch.equal(value.errors, value.changes)
+    assert all(found[TOKENS][1].errors > 0)
 
 
 def test_a_lora_brings_the_rest_of_its_base(tmp_path, family):

@@ -64,26 +64,31 @@ def make(
     paths: by label.  hyper: the hyper-model's file name.  NumericalError if a change does not fit the number format.
     """
     groups = _groups(rests, spec)
-    out, ended = [], False
+    made: list[Remainder] = []
     try:
         for label in inputs.labels:
-            writer = SafetensorsWriter(paths[label], _header(groups, inputs, spec, label, paths[label], hyper),
-                                       spec.overwrite) if write else None  # fmt: skip
-            out.append(Remainder(label, paths[label], writer))
+            one = Remainder(label, paths[label], None)
+            made.append(one)
+            if write:
+                one.writer = SafetensorsWriter(one.path, _header(groups, inputs, spec, one, hyper), spec.overwrite)
         for own in groups:
             check()
-            _add(out, own, values, torch_dtype(OUTPUT_DTYPES[spec.dtype]))
-        ended = True
-    finally:
-        for remainder in out:
-            if remainder.writer is not None and (not ended or not remainder.modules):
-                remainder.writer.abort()
-    out = [remainder for remainder in out if remainder.modules]
-    for remainder in out:
-        if remainder.writer is not None:
-            metadata = _metadata(inputs, spec, remainder, hyper)
-            remainder.writer.seal(lambda data, legacy, own=metadata: with_hashes(own, data, legacy))
-    return out
+            _add(made, own, values, torch_dtype(OUTPUT_DTYPES[spec.dtype]))
+        for one in made:
+            if one.writer is not None and one.modules:
+                metadata = _metadata(inputs, spec, one, hyper)
+                one.writer.seal(lambda data, legacy, own=metadata: with_hashes(own, data, legacy))
+    except BaseException:
+        _abort(made)
+        raise
+    _abort([one for one in made if not one.modules])
+    return [one for one in made if one.modules]
+
+
+def _abort(remainders: Sequence[Remainder]) -> None:
+    for one in remainders:
+        if one.writer is not None:
+            one.writer.abort()
 
 
 def _groups(rests: Sequence[Rest], spec: HyperSpec) -> list[tuple[Rest, ...]]:
@@ -136,7 +141,7 @@ def _tensors(name: str, changes: list[torch.Tensor], dtype: torch.dtype) -> list
     return [norm.bias_tensor(name, changes[0], dtype)]
 
 
-def _header(groups: list[tuple[Rest, ...]], inputs: Inputs, spec: HyperSpec, label: str, path: Path, hyper: str) -> int:
+def _header(groups: list[tuple[Rest, ...]], inputs: Inputs, spec: HyperSpec, remainder: Remainder, hyper: str) -> int:
     entries: dict[str, Any] = {}
     for own in groups:
         module = own[0].module
@@ -144,7 +149,7 @@ def _header(groups: list[tuple[Rest, ...]], inputs: Inputs, spec: HyperSpec, lab
         for part in (norm.WEIGHT, norm.SHIFT) if len(own) == 2 else (DIFF_B,):
             shape = [own[0].info.numel]
             entries[f"{module.name}.{part}"] = {"dtype": "BF16", "shape": shape, "data_offsets": [_WIDEST, _WIDEST]}
-    metadata = _metadata(inputs, spec, Remainder(label, path, None), hyper)
+    metadata = _metadata(inputs, spec, remainder, hyper)
     return len(header_bytes(entries, with_hashes(metadata, "0" * 64, "0" * 8))) + _SLACK
 
 

@@ -45,8 +45,8 @@ class RestValues:
         count = len(inputs.sources)
         self._weights = weights_of(spec.weights, count) or [1 / count] * count
         self.warnings: list[str] = []
-        vaes = [rest for rest in rests if rest.kind == VAE]
-        self._vaes = self._choose_vaes(vaes, check) if spec.vae_from is None else ()
+        vaes = [rest for rest in rests if rest.kind == VAE and rest.taken is None]
+        self._vaes = self._choose_vaes(vaes, check) if vaes else ()
 
     def _choose_vaes(self, rests: Sequence[Rest], check: Callable[[], None]) -> tuple[int, ...]:
         """The models whose VAEs' mean is written: all that have one, or one of them; none for the template's own."""
@@ -81,8 +81,6 @@ class RestValues:
         errors, changes = torch.zeros(M, dtype=torch.float64), torch.zeros(M, dtype=torch.float64)
         if rest.kind == VAE:
             parts = {m: parts[m] for m in self._vaes}
-        elif rest.kind == FIXED:
-            parts = {}
         if not parts:
             own = taken or Origin(self.inputs.template.file, rest.info)
             return RestValue(self._converted(rest, own), errors, changes)

@@ -61,12 +61,15 @@ class Rest:
 def plan_rests(inputs: Inputs, spec: HyperSpec, host: Host) -> list[Rest]:
     """Every tensor of the template that no layer covers, in the order of its file.
 
+    Where LoRAs alone are written, they stand on the base: its own is what models are compared with.
     SpecError if a model named for the rest, or for the VAE, is none of them, or has no such VAE.
     """
     rest_from = _named(spec.rest_from, inputs, spec, host, "Norms, biases and embeddings")
     vae_from = _named(spec.vae_from, inputs, spec, host, "The VAE")
     if vae_from is not None:
         _check_vae(inputs.template, vae_from)
+    if spec.loras_only:  # the base is the hyper-model
+        rest_from = vae_from = inputs.base
     layers, places = _covered(inputs), _places(inputs.template)
     formats = tensor_plans(inputs, spec)
     out = []
