@@ -22,6 +22,7 @@ from .inputs import Inputs, Layer, open_inputs
 from .recipe import CONTAINER_SUFFIX, SUFFIX
 from .rests import Rest
 from .spec import CONTAINER, LAYERS, LORAS, MOST_LORAS, NONE, HyperSpec, full_count, ranks_of, weights_of
+from .work import mend, work_folder
 
 _ENTRY_BYTES = 330  # header text of one module's three tensors, about
 _PROCESS_BYTES = 420 << 20  # Python with torch and what the workers keep, about
@@ -91,7 +92,7 @@ class HyperPlan:
 
     @property
     def work_folder(self) -> Path:
-        return self.model_output.with_name(f".{self.model_output.stem}.hypermerge-work")
+        return work_folder(self.model_output)
 
     @property
     def weights(self) -> Sequence[float] | None:
@@ -245,6 +246,7 @@ def make_plan(spec: HyperSpec, host: Host) -> HyperPlan:
                 f"{spec.count or 1} LoRAs of rank 1 take about {least / 2**20:.1f} MiB.", "Ask for more.",
             )  # fmt: skip
         if not spec.preview:
+            mend(plan.work_folder)
             _check_outputs(plan, host)
     except BaseException:
         inputs.close()
