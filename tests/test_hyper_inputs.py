@@ -22,8 +22,11 @@ from models import (
     Weights,
     base_weights,
     cast,
+    last_json,
+    lora_deltas,
     rank_change,
     reachable,
+    run_cli,
     save_checkpoint,
     tuned_weights,
 )
@@ -501,3 +504,31 @@ def test_who_brings_a_number_that_is_none(bases, tmp_path, number):
     assert blame(inputs, layer) == ["broken", "bad.safetensors"]
     assert blame(inputs, next(layer for layer in inputs.layers if layer.module.weight.name == SD1_TEXT)) == []
     inputs.close()
+
+
+def test_loras_of_several_families_become_shared_ones(bases, tmp_path):
+    """What is reported is what the files written are away from the changes by the families' definitions."""
+    base, kinds = bases("sd15"), ("lora", "loha", "dora_input", "oft")
+    made = {kind: write_lora(tmp_path / f"{kind}.safetensors", base, kind, some) for kind in kinds}
+    chosen = [part for path, _ in made.values() for part in ("--model", path)]
+    result = run_cli(
+        ["hyper", *chosen, "--base", base, "--loras-only", "--ranks", "6,4", "--dtype", "fp32", "--name", "h",
+         "--out-dir", tmp_path / "out", "--device", "cpu", "--json", "--quiet"]
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = last_json(result)
+    assert report["multipliers"].keys() == report["models"].keys() == set(kinds)
+    loras = {name: lora_deltas(tmp_path / "out" / f"{name}.safetensors") for name in report["multipliers"]["lora"]}
+    assert len(loras) == 2
+    places, error, whole = tensors_of(base), 0.0, 0.0
+    for kind, (_, changes) in made.items():
+        own_error = own = 0.0
+        for name, change in changes.items():
+            key, rows = places[name]
+            rest = delta = change(numbers_of(base)[key][rows].double())
+            for lora, multiplier in report["multipliers"][kind].items():
+                rest = rest - multiplier * loras[lora].get(name, torch.zeros(1)).reshape(delta.shape)
+            own_error, own = own_error + float(rest.square().sum()), own + float(delta.square().sum())
+        assert report["models"][kind] == pytest.approx((own_error / own) ** 0.5, rel=1e-4)
+        error, whole = error + own_error, whole + own
+    assert report["residual_share"] == pytest.approx(error / whole, rel=1e-4)
