@@ -120,37 +120,28 @@ class Piece:
     loras: list[torch.Tensor | float]
 
 
-def pieces(
-    models: Sequence[Path], hyper: Path, loras: Sequence[Path],
-    base: Path | None = None, weights: Sequence[float] | None = None,
-) -> Iterator[Piece]:  # fmt: skip
-    """Weight by weight, so that full-width models fit. models: checkpoints, or plain LoRA files of the base.
-
-    weights: of the mean; none: all alike.
-    """
+def pieces(models: Sequence[Path], hyper: Path, loras: Sequence[Path], base: Path | None = None) -> Iterator[Piece]:
+    """Weight by weight, so that full-width models fit. models: checkpoints, or plain LoRA files of the base."""
     with ExitStack() as stack:
         hypers = Weights(hyper, stack)
         bases = None if base is None else Weights(base, stack)
         sources = [Lora(path, stack) if is_lora(path) else Weights(path, stack) for path in models]
         parts = [Lora(path, stack) for path in loras]
-        shares = torch.tensor(weights or [1.0] * len(models), dtype=torch.float64)
-        shares = shares / shares.sum()
         for name in (bases or hypers).names:
             before = 0.0 if bases is None else bases(name)
             tuned = [before + source(name) if isinstance(source, Lora) else source(name) for source in sources]
-            mean = sum(share * weight for share, weight in zip(shares, tuned, strict=True))
-            centre = mean if bases is None else before
+            centre = sum(tuned) / len(tuned) if bases is None else before
             assert isinstance(centre, torch.Tensor)
             yield Piece(name, tuned, centre, hypers(name), [lora(name) for lora in parts])
 
 
 def judge(
     models: Mapping[str, Path], hyper: Path, loras: Mapping[str, Path], multipliers: Multipliers,
-    te_multipliers: Multipliers | None = None, base: Path | None = None, weights: Sequence[float] | None = None,
+    te_multipliers: Multipliers | None = None, base: Path | None = None,
 ) -> Judged:  # fmt: skip
     """models, loras: label → file. The multipliers are by these labels."""
     judged = Judged()
-    for piece in pieces(list(models.values()), hyper, list(loras.values()), base, weights):
+    for piece in pieces(list(models.values()), hyper, list(loras.values()), base):
         component = component_of(piece.name)
         own = multipliers if te_multipliers is None or component == "unet" else te_multipliers
         for label, weight in zip(models, piece.models, strict=True):
