@@ -15,6 +15,7 @@ from .inputs import Layer
 from .stack import Stack
 
 _SLAB = 1 << 22  # numbers of all models that are multiplied at a time
+_CACHE = 192 << 20  # bytes of one layer's differences that a worker keeps for the second look at them
 _LOW_FROM = 1 << 18  # numbers in a layer from which cheap products pay
 
 
@@ -82,19 +83,26 @@ class Sketcher:
             basis = bases.row_basis(Z).to(self.dtype)
         W = torch.empty(M, n, q, device=device)
         V = None if basis is None else basis.to(device, low).mT.contiguous()
-        for start, stop, slab, own_gram, own_centre in self._slabs(layer, low, device):
+        for start, stop, slab, own_gram, own_centre in self._slabs(layer, low, device, again=V is not None):
             if V is None:
                 gram, centre = gram + own_gram, centre + own_centre
             W[:, start:stop] = (slab if V is None else slab @ V).view(M, stop - start, q)
         cores = bases.cores(W, p, self.seed + 1).cpu()
         return Sketch(layer, None if basis is None else basis.cpu(), cores, gram, centre, fell_back)
 
-    def _slabs(self, layer: Layer, low: torch.dtype, device: str):
-        """(first row, last row, (M·rows, k) in `low`, Gram matrix, centre's squared norm); valid until the next."""
+    def _slabs(self, layer: Layer, low: torch.dtype, device: str, again: bool = False):
+        """(first row, last row, (M·rows, k) in `low`, Gram matrix, centre's squared norm); valid until the next.
+
+        again: a second time for the same layer, directly after the first; what fits the cache is not read anew.
+        """
         M, (n, k) = self.stack.models, layer.shape
         height = max(1, min(n, _SLAB // max(1, M * k)))
+        fits = M * n * k * low.itemsize <= _CACHE
+        kept = self._buffers.get("slab", M * (n if fits else height) * k, low)
+        nothing = torch.zeros(M, M, dtype=torch.float64)
         for start in range(0, n, height):
             stop = min(start + height, n)
-            slab = self._buffers.get("slab", M * (stop - start) * k, low).view(M, stop - start, k)
-            gram, centre = self.stack.differences(layer, start, stop, slab)
-            yield start, stop, slab.view(-1, k).to(device), gram, centre
+            place = M * start * k if fits else 0
+            slab = kept[place : place + M * (stop - start) * k].view(M, stop - start, k)
+            found = (nothing, 0.0) if again and fits else self.stack.differences(layer, start, stop, slab)
+            yield start, stop, slab.view(-1, k).to(device), *found
