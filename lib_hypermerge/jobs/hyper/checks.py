@@ -17,6 +17,7 @@ from .spec import HyperSpec, full_count, ranks_of
 if TYPE_CHECKING:
     from .inputs import Inputs
 
+_ALWAYS_SMALL = 2  # layers: a UNet's first and last convolution have few channels
 _FORMATS = {stored: name for name, stored in (OUTPUT_DTYPES | EIGHT_BITS).items()}
 _ZERO_SNR = "ztsnr"
 
@@ -170,7 +171,7 @@ def _too_many(inputs: Inputs, spec: HyperSpec) -> list[str]:
 def _too_high(inputs: Inputs, spec: HyperSpec) -> list[str]:
     rank = max(ranks_of(spec.ranks), default=0)
     small = [layer.key for layer in inputs.layers if min(layer.shape) < rank]
-    if spec.size is not None or not small:
+    if spec.size is not None or len(small) <= _ALWAYS_SMALL:
         return []
     return [f"Rank {rank} is more than {len(small)} of {len(inputs.layers)} layers have room for "
             f"({few(small)}): limited to their size there."]  # fmt: skip

@@ -235,9 +235,10 @@ def make_plan(spec: HyperSpec, host: Host) -> HyperPlan:
         plan = HyperPlan(spec, inputs, rests.plan_rests(inputs, spec, host), ranks, model_output, loras)
         plan.warnings += inputs.warnings
         if spec.remainders != NONE:
+            names = _plain(inputs.labels)
             plan.rest_files = {
-                label: host.lora_output(_in_folder(spec, f"{_parent(spec.name)}{stem}-{_plain(label)}-rest"))
-                for label in inputs.labels
+                label: host.lora_output(_in_folder(spec, f"{_parent(spec.name)}{stem}-{name}-rest"))
+                for label, name in zip(inputs.labels, names, strict=True)
             }
         if spec.size is not None and plan.numbers < plan.per_rank * (spec.count or 1):
             least = (plan.per_rank * plan.itemsize + _ENTRY_BYTES * len(inputs.layers)) * (spec.count or 1)
@@ -263,9 +264,13 @@ def _parent(name: str) -> str:
     return name[: len(name) - len(Path(name).name)]
 
 
-def _plain(label: str) -> str:
-    """A model's label as part of a name that prompts can hold."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
+def _plain(labels: Sequence[str]) -> list[str]:
+    """Models' labels as parts of names that prompts can hold, each once."""
+    out: list[str] = []
+    for number, label in enumerate(labels, 1):
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
+        out.append(f"{name}-{number}" if name.casefold() in (other.casefold() for other in out) else name)
+    return out
 
 
 def _check_outputs(plan: HyperPlan, host: Host) -> None:
