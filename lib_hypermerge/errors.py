@@ -33,6 +33,10 @@ class SpecError(HypermergeError):
     exit_code, code = REQUEST_IS_WRONG, "bad_request"
 
 
+class MissingError(SpecError):
+    """Something that is needed was not given; to a person who is about to choose, a page says nothing of it yet."""
+
+
 class BusyError(SpecError):
     """The target is being written by somebody else, or the host cannot take another job."""
 

@@ -150,6 +150,7 @@ def test_restore_one_of_the_models_that_are_offered(page: Page, site: Site) -> N
     choose(page, "hyper", "family.safetensors", RESTORE)
     offers = field(page, "plan", RESTORE).locator(".hypermerge-offers button")
     expect(offers).to_have_text(["one", "two", "three"], timeout=SOON)
+    expect(field(page, "plan", RESTORE).locator(".hypermerge-error")).to_have_count(0)  # there is time to choose
     offers.nth(1).dispatch_event("click")
     expect(text_box(page, "model", RESTORE)).to_have_value("two")
     expect(text_box(page, "out", RESTORE)).to_have_value("two-restored", timeout=SOON)

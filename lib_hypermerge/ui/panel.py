@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..errors import HypermergeError, defect
+from ..errors import HypermergeError, MissingError, defect
 from ..jobs.runner import QUEUED, RUNNING, Job, Runner, forecast
 from ..jobs.spec import CHECKPOINT, FILES, FLAG, LORA, LORAS, OUTPUT, PREVIEW, has_preview
 from ..jobs.verbs import Verb
@@ -266,6 +266,8 @@ class Panel:
     def _planned(self, values: dict[str, Any]) -> str:
         try:
             return plan_html(forecast(self.verb, self.verb.spec.from_json(values), self.runner.host))
+        except MissingError:
+            return ""
         except HypermergeError as error:
             return error_html(error)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, ClassVar
 
-from ...errors import SpecError
+from ...errors import MissingError, SpecError
 from ..checkpoint_formats import KEEP
 from ..spec import CHECKPOINT, CHOICE, FILES, FLAG, INTEGER, MOST_WEIGHT, OUTPUT, TEXT, Spec, param
 from .fit_spec import LORAS_HELP, LORAS_LABEL, RECIPE_HELP, RECIPE_LABEL
@@ -65,9 +65,11 @@ class RestoreSpec(Spec):
     overwrite: bool = param(FLAG, "Overwrite", "Replace an existing file of that name.", False)
 
     def check(self) -> None:
-        if (self.model is None) == (self.multipliers is None):
-            what = "Neither a model nor multipliers were" if self.model is None else "Both a model and multipliers were"
-            raise SpecError(f"{what} named.", hint="Name a model that was merged, or the multipliers of a blend.")
+        hint = "Name a model that was merged, or the multipliers of a blend."
+        if self.model is None and self.multipliers is None:
+            raise MissingError("Neither a model nor multipliers were named.", hint=hint)
+        if self.model is not None and self.multipliers is not None:
+            raise SpecError("Both a model and multipliers were named.", hint=hint)
         if self.hyper is None and (self.container is None or self.kind == AS_CHECKPOINT):
             raise SpecError("'hyper' is missing.", hint="Name the hyper-model that the LoRAs belong to.")
         if self.container is not None and self.loras:
