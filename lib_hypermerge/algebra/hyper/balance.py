@@ -48,22 +48,22 @@ def _safe_inverse(x: torch.Tensor) -> torch.Tensor:
 
 
 def assemble(
-    fixed: Sequence[Fixed], ranks: Sequence[int]
+    fixed: Sequence[Fixed], rooms: Sequence[int]
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """(multipliers, ups, downs, ranks) of a Solution; ranks: the given ones, which say how much room each LoRA has."""
+    """(multipliers, ups, downs, ranks) of a Solution; rooms: rows that each LoRA has."""
     scales = [unit_scale(term.multipliers) for term in fixed]
     multipliers = torch.stack([term.multipliers / scale for term, scale in zip(fixed, scales, strict=True)], 1)
     all_ups, all_downs, all_ranks = [], [], []
     for g in range(len(fixed[0].ups)):
         layers, p, _ = fixed[0].ups[g].shape
         q = fixed[0].downs[g].shape[2]
-        ups = fixed[0].ups[g].new_zeros(layers, p, sum(ranks))
-        downs = fixed[0].downs[g].new_zeros(layers, sum(ranks), q)
+        ups = fixed[0].ups[g].new_zeros(layers, p, sum(rooms))
+        downs = fixed[0].downs[g].new_zeros(layers, sum(rooms), q)
         own = torch.zeros(layers, len(fixed), dtype=torch.int64)
         for i, (term, scale) in enumerate(zip(fixed, scales, strict=True)):
-            start = sum(ranks[:i])
+            start = sum(rooms[:i])
             part = slice(start, start + term.ups[g].shape[2])
-            step = max(1, (32 << 20) // (8 * (p + q) * max(1, ranks[i])))
+            step = max(1, (32 << 20) // (8 * (p + q) * max(1, rooms[i])))
             for a in range(0, layers, step):
                 rows = slice(a, a + step)
                 ups[rows, :, part], downs[rows, part], own[rows, i] = balanced(

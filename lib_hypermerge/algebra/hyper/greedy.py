@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...lazy import torch
+from .blocks import polish
 from .joint import Run, begin, carry_on, random_multipliers
 from .problem import Settings
 from .sample import sample
@@ -35,7 +36,7 @@ def greedy(
             carry_on(trial, best, settings.tolerance, settings.iterations, check)
             best = Run(begin(view, best.terms.multipliers, own, settings.seed), [])
         carry_on(view, best, settings.tolerance, settings.iterations, check)
-        (term,), loss = settle(view, best.terms)
+        (term,), loss = polish(view, settle(view, best.terms)[0], check)
         found.append(term)
         losses += [*best.losses, loss]
         view = view.less(term)

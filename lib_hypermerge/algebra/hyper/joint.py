@@ -102,6 +102,14 @@ def random_multipliers(gram: torch.Tensor, count: int, seed: int) -> torch.Tenso
     return mixed / mixed.norm(dim=0).clamp_min(1e-300)
 
 
+def start_directions(gram: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """(M, count): the main directions, and behind the last of them random ones."""
+    main = main_directions(gram, count)
+    empty = main.norm(dim=0) == 0
+    main[:, empty] = random_multipliers(gram, int(empty.sum()), seed)
+    return main
+
+
 def joint(
     view: View,
     gram: torch.Tensor,
@@ -116,9 +124,7 @@ def joint(
     """
     part = sample(view)
     own, count = part.ranks(ranks), ranks[0].shape[1]
-    main = main_directions(gram, count)
-    empty = main.norm(dim=0) == 0
-    main[:, empty] = random_multipliers(gram, int(empty.sum()), settings.seed)
+    main = start_directions(gram, count, settings.seed)
     starts = [*map(part.terms, begun), begin(part.view, main, own, settings.seed)]
     for i in range(settings.starts):
         seed = (settings.seed + 104729 * (i + 1)) % (1 << 32)

@@ -47,8 +47,9 @@ class Solution:
     rooms: rows that each LoRA has in downs.  downs: per group (L, Σ rooms, q) float32: LoRA i's rows, balanced (√σ
     times orthonormal, descending), at offset Σ_{j<i} rooms_j; rows behind a layer's own rank are 0.  ups: per group
     (L, p, Σ rooms) the other factors.
-    ranks: per group (L, K) int64.  loss: the residual share (of problem.total, error outside the cores counted in)
-    after each iteration of the start that won; it never rises.  notes: what a person should know.
+    ranks: per group (L, K) int64, as many as have singular values above rounding: 0 where a layer does not change.
+    loss: the residual share (of problem.total, error outside the cores counted in) after each iteration of the start
+    that won; it never rises.  notes: what a person should know.
     """
 
     multipliers: torch.Tensor

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 from ...lazy import torch
+from .allocation import layer_ranks
 from .balance import assemble
+from .blocks import polish
 from .directions import main_directions
 from .greedy import greedy, settle
 from .joint import Run, begin, carry_on, joint
@@ -14,6 +17,8 @@ from .problem import Problem, Settings, Solution
 from .sweep import Fixed, Layout, Terms, View
 
 JOINT, GREEDY, DIRECTIONS = "joint", "greedy", "directions"
+_POLISH = 2  # sweeps of exact steps at the end
+_ALLOCATIONS = 3  # rounds of ranks and a solution with them
 
 
 def solve(problem: Problem, ranks: Sequence[int], method: str, settings: Settings, allocate: bool = False) -> Solution:
@@ -27,30 +32,77 @@ def solve(problem: Problem, ranks: Sequence[int], method: str, settings: Setting
         raise ValueError(f"unknown method {method!r}")
     if not ranks or min(ranks) < 1:
         raise ValueError("ranks of 1 or more are needed")
-    view = View(problem.groups)
-    outside = max(0.0, problem.energy - view.energy)
-    own = uniform(problem, ranks)
-    progress = _Progress(settings)
+    task = _Task(View(problem.groups), problem.gram, tuple(ranks), settings, _Progress(settings))
+    outside = max(0.0, problem.energy - task.view.energy)
     if method == DIRECTIONS:
-        terms = begin(view, main_directions(problem.gram, len(ranks)), own, settings.seed)
-        run = carry_on(view, Run(terms, []), settings.tolerance, settings.iterations, progress, free=False)
-        fixed, losses = settle(view, run.terms, free=False)[0], run.losses
+        found = task.directions()
+    elif method == GREEDY:
+        found = task.greedy(task.uniform)
+        found = task.allocated(found, task.greedy)[0] if allocate else found
     else:
-        fixed, losses = greedy(view, problem.gram, own, settings, progress)
-        if method == JOINT:
-            run = joint(view, problem.gram, own, [_together(fixed)], settings, progress)
-            closer, loss = settle(view, run.terms)
-            if loss <= losses[-1]:
-                fixed, losses = closer, [*run.losses, loss]
-    return _solution(view, fixed, ranks, losses, outside, problem.total, _notes(problem, ranks))
+        first = task.greedy(task.uniform)
+        found = task.joint(task.uniform, first)
+        if allocate:
+            first, own = task.allocated(first, task.greedy)
+            found = _lower(task.allocated(found, task.joint)[0], task.joint(own, first))
+    return _solution(task.view, found, ranks, outside, problem)
 
 
-def uniform(problem: Problem, ranks: Sequence[int]) -> list[torch.Tensor]:
-    """Per group (L, K): every layer the given ranks, as far as its core allows."""
-    return [
-        torch.tensor(ranks).clamp_max(min(cores.values.shape[2:])).expand(len(cores.values), -1)
-        for cores in problem.groups
-    ]
+Found = tuple[list[Fixed], list[float]]
+
+
+@dataclass(frozen=True)
+class _Task:
+    view: View
+    gram: torch.Tensor
+    ranks: tuple[int, ...]
+    settings: Settings
+    check: Callable[[], None]
+
+    @property
+    def uniform(self) -> list[torch.Tensor]:
+        """Per group (L, K): every layer the given ranks, as far as its core allows."""
+        return [
+            torch.tensor(self.ranks).clamp_max(min(cores.values.shape[2:])).expand(len(cores.values), -1)
+            for cores in self.view.groups
+        ]
+
+    def directions(self) -> Found:
+        start = begin(self.view, main_directions(self.gram, len(self.ranks)), self.uniform, self.settings.seed)
+        run = carry_on(
+            self.view, Run(start, []), self.settings.tolerance, self.settings.iterations, self.check, free=False
+        )
+        fixed, loss = settle(self.view, run.terms, free=False)
+        return fixed, [*run.losses, loss]
+
+    def greedy(self, own: list[torch.Tensor]) -> Found:
+        return greedy(self.view, self.gram, own, self.settings, self.check)
+
+    def joint(self, own: list[torch.Tensor], first: Found | None = None) -> Found:
+        """No worse than first, whose ranks are own."""
+        begun = [] if first is None else [_together(first[0])]
+        run = joint(self.view, self.gram, own, begun, self.settings, self.check)
+        fixed, loss = settle(self.view, run.terms)
+        losses = [*run.losses, loss]
+        for _ in range(_POLISH):
+            fixed, loss = polish(self.view, fixed, self.check)
+            losses.append(loss)
+        return (fixed, losses) if first is None else _lower(first, (fixed, losses))
+
+    def allocated(self, found: Found, again: Callable[[list[torch.Tensor]], Found]) -> tuple[Found, list[torch.Tensor]]:
+        """With ranks of the layers' own by what the last solution would gain from them, while that helps; and these."""
+        own = self.uniform
+        for _ in range(_ALLOCATIONS):
+            ranks = layer_ranks(self.view, found[0], self.ranks)
+            other = again(ranks)
+            if not other[1][-1] < found[1][-1]:
+                break
+            found, own = other, ranks
+        return found, own
+
+
+def _lower(first: Found, second: Found) -> Found:
+    return second if second[1][-1] < first[1][-1] else first
 
 
 def _together(fixed: Sequence[Fixed]) -> Terms:
@@ -60,18 +112,15 @@ def _together(fixed: Sequence[Fixed]) -> Terms:
     return Terms(torch.stack([term.multipliers for term in fixed], 1), downs, layouts)
 
 
-def _solution(
-    view: View, fixed: list[Fixed], ranks: Sequence[int], losses: list[float], outside: float, total: float,
-    notes: list[str],
-) -> Solution:  # fmt: skip
-    multipliers, ups, downs, own = assemble(fixed, ranks)
-    left = _measured(view, multipliers, ups, downs, ranks)
+def _solution(view: View, found: Found, ranks: Sequence[int], outside: float, problem: Problem) -> Solution:
+    fixed, losses = found
+    widest = [max(A.shape[1] for A in term.downs) for term in fixed]
+    rooms = tuple(map(max, ranks, widest))
+    multipliers, ups, downs, own = assemble(fixed, rooms)
+    left = _measured(view, multipliers, ups, downs, rooms)
     losses = list(accumulate([left, *reversed(losses)], max))[::-1]  # what was lower was so by rounding alone
-    shares = [(loss + outside) / total if total else 0.0 for loss in losses]
-    empty = [i + 1 for i in range(len(ranks)) if not multipliers[:, i].any()]
-    if empty:
-        notes.append(f"LoRA {', '.join(map(str, empty))} is empty: the others leave nothing to it.")
-    return Solution(multipliers, downs, ups, own, shares, tuple(ranks), notes)
+    shares = [(loss + outside) / problem.total if problem.total else 0.0 for loss in losses]
+    return Solution(multipliers, downs, ups, own, shares, rooms, _notes(problem.gram, multipliers))
 
 
 def _measured(
@@ -87,15 +136,20 @@ def _measured(
     return total
 
 
-def _notes(problem: Problem, ranks: Sequence[int]) -> list[str]:
-    values = torch.linalg.eigvalsh(problem.gram)
+def _notes(gram: torch.Tensor, multipliers: torch.Tensor) -> list[str]:
+    values = torch.linalg.eigvalsh(gram)
     free = int((values > 1e-10 * values[-1].clamp_min(0)).sum())
-    if len(ranks) > free:
-        return [
-            f"{len(ranks)} LoRAs for models that differ in {free} independent directions: "
-            "the multipliers depend on each other."
-        ]
-    return []
+    if not free:
+        return ["The models do not differ in any layer that a LoRA reaches: the LoRAs are empty."]
+    notes = []
+    if multipliers.shape[1] > free:
+        ways = "one direction" if free == 1 else f"{free} independent directions"
+        notes.append(f"{multipliers.shape[1]} LoRAs for models that differ in {ways}: the multipliers are not unique.")
+    empty = [str(i + 1) for i in range(multipliers.shape[1]) if not multipliers[:, i].any()]
+    if empty:
+        which = f"LoRA {empty[0]} is" if len(empty) == 1 else f"LoRAs {', '.join(empty)} are"
+        notes.append(f"{which} empty: the others leave nothing.")
+    return notes
 
 
 class _Progress:
