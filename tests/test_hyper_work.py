@@ -81,6 +81,15 @@ def test_discarding_leaves_nothing(folder):
     assert list(folder.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_folders_above_go_as_well_if_nothing_is_in_them(tmp_path, used):
+    with Work.open(work_folder(tmp_path / "new" / "folder" / "x.safetensors"), JOB) as work:
+        if used:
+            (tmp_path / "new" / "output").touch()
+        work.discard()
+    assert [path.name for path in tmp_path.rglob("*")] == (["new", "output"] if used else [])
+
+
 @pytest.mark.parametrize("damage", ["shorter", "longer", "zeros", "one bit", "empty"])
 def test_a_torn_file_is_as_good_as_none(folder, damage):
     with Work.open(folder, JOB) as work:

@@ -72,6 +72,7 @@ class Work:
 
     def __init__(self, folder: Path, lock: Lock):
         self.folder, self._own_lock = folder, lock
+        self._parents: list[Path] = []  # folders that were made for it, inmost first
         self._sizes: dict[int, int] = {}
         self._unchecked: set[int] = set()
         self._lock = threading.Lock()
@@ -84,11 +85,13 @@ class Work:
         Raises BusyError (another run has it) or OutputError (it cannot be made).
         """
         remove_stale(folder.parent)
+        parents = [parent for parent in folder.parents if not parent.exists()]
         job = json.dumps({"version": __version__, "job": fingerprint}, sort_keys=True, ensure_ascii=False)
         with _explained(folder):
             lock = _take(folder)
         try:
             work = cls(folder, lock)
+            work._parents = parents
             with _explained(folder):
                 work._begin(job)
         except BaseException:
@@ -199,6 +202,9 @@ class Work:
     def discard(self) -> None:
         """Remove everything; what cannot be removed now goes with a later run."""
         _remove(self.folder, self._own_lock)
+        for parent in self._parents:
+            with contextlib.suppress(OSError):  # not if something is in it by now
+                parent.rmdir()
 
 
 def remove_stale(parent: Path) -> None:
