@@ -12,6 +12,7 @@ KINDS = {  # of what could stand for the models at the same size
     "own": "a LoRA of its own per model",
     "greedy": "shared LoRAs (greedy)",
     "joint": "shared LoRAs (joint)",
+    "directions": "shared LoRAs (main directions)",
     "container": "a container",
 }
 
@@ -21,7 +22,7 @@ def text(report: Report) -> list[str]:
     d = report.details
     lines = [("Preview, nothing was written. " if d["preview"] else "") + headline(report)]
     width = max(map(len, d["models"]))
-    for model, error in d["models"].items():
+    for model, error in errors(report).items():
         lines.append(f"  {model:<{width}}  misses {percent(error):>7}  {d['prompts'].get(model, '')}".rstrip())
     lines += [f"  {name}: {value}" for name, value in describe(report)]
     return lines
@@ -36,8 +37,14 @@ def headline(report: Report) -> str:
         parts.append(f"a container ({mib(d['container']['bytes'])})")
     start = "one hyper-model" if d["hyper"] else "their base"
     what = f"{d['architecture']}: {len(d['models'])} models as {start} and {' and '.join(parts)}"
-    missed = f"{percent(d['residual_share'])} of what tells them apart (squared) is missed"
-    return f"{what}; {missed}."
+    share = (d if d["loras"] else d["container"])["residual_share"]
+    return f"{what}; {percent(share)} of what tells them apart (squared) is missed."
+
+
+def errors(report: Report) -> dict[str, float]:
+    """Model → what is missed of it (norm): by the LoRAs, or by the container where that stands alone."""
+    d = report.details
+    return d["models"] if d["loras"] else d["container"]["models"]
 
 
 def describe(report: Report) -> list[tuple[str, str]]:
@@ -52,7 +59,9 @@ def describe(report: Report) -> list[tuple[str, str]]:
     ]
     if d["container"]:
         box = d["container"]
-        rows.append((f"Container {box['name']}", f"{mib(box['bytes'])}, misses {percent(box['residual_share'])}"))
+        each = ", ".join(f"{model} {percent(error)}" for model, error in box["models"].items())
+        told = f"{mib(box['bytes'])}, misses {percent(box['residual_share'])} (squared); of {each} (norm)"
+        rows.append((f"Container {box['name']}", told))
     rows += [
         (f"Remainder of {model}", f"{rest['name']}, {mib(rest['bytes'])}, restores {percent(rest['restores'])} of the "
                                   "error outside the LoRAs (squared)")

@@ -74,7 +74,7 @@ def test_each_model_has_its_error_prompt_and_buttons() -> None:
 
 
 def test_a_preview_says_that_nothing_was_written_and_what_would_be() -> None:
-    container = {"name": "family.hypermerge", "bytes": 5 * 2**20, "residual_share": 0.05, "models": {}}
+    container = {"name": "family.hypermerge", "bytes": 5 * 2**20, "residual_share": 0.05, "models": {"model-a": 0.2}}
     rests = {"model-a": {"name": "family-model-a-rest", "bytes": 2**20, "restores": 0.9}}
     report = hyper_report(preview=True, recipe=None, container=container, remainders=rests)
     shown = report_html(report)
@@ -89,10 +89,12 @@ def test_a_preview_says_that_nothing_was_written_and_what_would_be() -> None:
 
 
 def test_a_container_alone_has_no_prompts() -> None:
-    container = {"name": "family.hypermerge", "bytes": 5 * 2**20, "residual_share": 0.05, "models": {}}
-    report = hyper_report(loras=[], prompts={}, multipliers={}, curve=[], container=container)
+    errors = {"model-a": 0.777, "model-b": 0.1}
+    container = {"name": "family.hypermerge", "bytes": 5 * 2**20, "residual_share": 0.054, "models": errors}
+    report = hyper_report(2, loras=[], prompts={}, multipliers={}, curve=[], container=container)
     assert "Restore makes its LoRA from the container" in report_html(report)
-    assert "a container (5.0 MiB)" in as_text(report)
+    assert "a container (5.0 MiB); 5.4 % of" in as_text(report)
+    assert "77.7 %" in report_html(report)
     with pytest.raises(SpecError, match="no prompts"):
         styles_of(report)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..jobs.report import Report
-from ..render_hyper import describe, headline
+from ..render_hyper import describe, errors, headline
 from ..words import mib, percent
 from . import html
 from .hyper_plots import blocks_picture, course_picture, multipliers_picture
@@ -49,7 +49,7 @@ def _models(report: Report) -> str:
     """A row for each model: how much of it is missed, and what brings it back."""
     d = report.details
     body = ""
-    for index, (model, error) in enumerate(d["models"].items()):
+    for index, (model, error) in enumerate(errors(report).items()):
         body += f"<tr><td>{escape(model)}</td><td>{percent(error)}</td><td>{_prompt(d, model, index)}</td></tr>"
     head = "<tr><th>Model</th><th>missed (norm)</th><th>Prompt that brings it back</th></tr>"
     save = (
