@@ -17,6 +17,7 @@ from .stack import Stack
 _SLAB = 1 << 22  # numbers of all models that are multiplied at a time
 _CACHE = 192 << 20  # bytes of one layer's differences that a worker keeps for the second look at them
 _LOW_FROM = 1 << 18  # numbers in a layer from which cheap products pay
+_ROUNDING = 4e-14  # share of a layer's energy that the rounding of the mean leaves of models that are equal in it
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Sketcher:
                 gram, centre = gram + own_gram, centre + own_centre
             W[:, start:stop] = (slab if V is None else slab @ V).view(M, stop - start, q)
         cores = bases.cores(W, p, self.seed + 1).cpu()
+        if float(gram.trace()) <= M * _ROUNDING * centre:
+            cores, gram = torch.zeros_like(cores), torch.zeros_like(gram)
         return Sketch(layer, None if basis is None else basis.cpu(), cores, gram, centre, fell_back)
 
     def _slabs(self, layer: Layer, low: torch.dtype, device: str, again: bool = False):
