@@ -24,7 +24,7 @@ from .rests import Rest
 from .spec import CONTAINER, LAYERS, LORAS, MOST_LORAS, NONE, HyperSpec, full_count, ranks_of, weights_of
 from .work import mend, work_folder
 
-_ENTRY_BYTES = 330  # header text of one module's three tensors, about
+_ENTRY_BYTES = 470  # header text of one module's three tensors, as it is reserved
 _PROCESS_BYTES = 420 << 20  # Python with torch and what the workers keep, about
 _CORES_BYTES = 384 << 20  # of cores that are held in memory; more are mapped from the work folder
 
@@ -107,7 +107,8 @@ class HyperPlan:
     def numbers(self) -> int:
         """The budget of stored numbers where a size is given, over all LoRAs."""
         assert self.spec.size is not None
-        overhead = _ENTRY_BYTES * len(self.inputs.layers) * (self.spec.count or 2)
+        count = self.spec.count or max(1, min(4, self.models - 1))  # what is chosen is known only later
+        overhead = (_ENTRY_BYTES * len(self.inputs.layers) + 4096) * count
         return max(0, int((self.spec.size * 2**20 - overhead) / self.itemsize))
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ...algebra.hyper.allocation import plan_ranks
 from ...algebra.hyper.balance import unit_scale
 from ...algebra.hyper.container import SharedCores
 from ...algebra.hyper.directions import main_directions
@@ -168,8 +169,6 @@ def solve_parts(plan: HyperPlan, parts: list[Part], progress: Callable[[float], 
     """
     spec, ranks = plan.spec, plan.ranks
     if spec.size is not None:
-        from ...algebra.hyper.allocation import plan_ranks
-
         largest = max(parts, key=lambda part: len(part.layers))
         budget = round(plan.numbers * sum(float(g.costs.sum()) for g in largest.problem.groups) / plan.per_rank)
         ranks = plan_ranks(largest.problem, budget, spec.count, settings_of(plan, lambda share: progress(share / 2)))
