@@ -1,15 +1,14 @@
 """The work folder: what was saved is there after a kill, whole or not at all, for the same job alone."""
 
 import os
-import signal
 import subprocess
 import sys
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from killing import die, killed
 from models import ROOT, listing
 
 from lib_hypermerge.errors import BusyError, OutputError
@@ -169,78 +168,72 @@ def test_long_names_have_a_folder(tmp_path):
 
 # --- kills ------------------------------------------------------------------------------------------------
 
-SAVING = textwrap.dedent("""
-    import os, sys, torch
-    from pathlib import Path
-    from lib_hypermerge.jobs.hyper import work as module
-    write, room = module._write, [int(sys.argv[2])]
-    def slowly(file, view):
+
+@pytest.mark.parametrize("pieces", [0, 2, 5, 31])
+def test_a_kill_while_saving_leaves_what_was_whole(folder, pieces):
+    write, left = module._write, [pieces]  # noqa: SLF001 - where the process is to end
+
+    def dying(file, view):
         for start in range(0, len(view), 1000):
-            write(file, view[start:start + 1000])
-            room[0] -= 1
-            if room[0] < 0:
-                print("half", flush=True)
-                sys.stdin.read()
-    module._write = slowly
-    with module.Work.open(Path(sys.argv[1]), "job") as work:
-        for i in range(10):
-            work.save(i, {"x": torch.full((1000,), float(i))})  # length, header, four thousand bytes
-""")
+            write(file, view[start : start + 1000])
+            if left[0] == 0:
+                die()
+            left[0] -= 1
 
+    def save():
+        module._write = dying  # noqa: SLF001
+        with Work.open(folder, "job") as work:
+            for i in range(10):
+                work.save(i, {"x": torch.full((1000,), float(i))})  # length, header, four thousand bytes
 
-@pytest.mark.parametrize("room", [0, 2, 5, 31])
-def test_a_kill_while_saving_leaves_what_was_whole(folder, room):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SAVING, str(folder), str(room)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "half\n"
-    with pytest.raises(BusyError):
-        Work.open(folder, "job")
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    assert killed(save)
     assert any(path.suffix == ".part" for path in folder.iterdir())
     with Work.open(folder, "job") as work:
         whole = [i for i in range(10) if work.has(i)]
-        assert whole == list(range(room // 6))
+        assert whole == list(range(pieces // 6))
         assert work.resumed == bool(whole)
         assert all(torch.equal(work.load(i)["x"], torch.full((1000,), float(i))) for i in whole)
         assert not any(path.suffix == ".part" for path in folder.iterdir())
 
 
-PUBLISHING = textwrap.dedent("""
-    import os, signal, sys
-    from pathlib import Path
-    from lib_hypermerge.files.unnamed import TextWriter
-    from lib_hypermerge.files.together import publish_together
-    from lib_hypermerge.jobs.hyper.work import Work
-    folder, target, kill_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    publish, count = TextWriter.publish, [0]
-    def counted(self):
-        if self.path.parent == target:
-            if count[0] == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count[0] += 1
-        return publish(self)
-    TextWriter.publish = counted
-    with Work.open(folder, "job") as work:
-        files = [TextWriter(target / f"{name}.txt", "new", overwrite=True) for name in "abc"]
-        for file in files:
-            file.seal()
-        publish_together(files, work.journal)
-        os.kill(os.getpid(), signal.SIGKILL)
-""")
+def test_another_process_is_kept_out_until_it_dies(folder):
+    code = "import sys; from pathlib import Path; from lib_hypermerge.jobs.hyper.work import Work\n"
+    code += "work = Work.open(Path(sys.argv[1]), 'job'); print('open', flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "open\n"
+    with pytest.raises(BusyError):
+        Work.open(folder, "job")
+    process.kill()
+    process.communicate(timeout=60)
+    Work.open(folder, "job").close()
 
 
 @pytest.mark.parametrize("kill_at", [0, 1, 2, 3])
 def test_mending_after_a_kill_between_the_outputs(folder, tmp_path, kill_at):
-    target = tmp_path / "out"
+    target, publish, count = tmp_path / "out", TextWriter.publish, [0]
     target.mkdir()
     (target / "b.txt").write_text("old")
-    arguments = [sys.executable, "-c", PUBLISHING, str(folder), str(target), str(kill_at)]
-    assert subprocess.run(arguments, cwd=ROOT, check=False).returncode == -signal.SIGKILL
-    with Work.open(tmp_path / ".elsewhere", "job"):
-        mend(folder)
+
+    def dying(self):
+        if self.path.parent == target:
+            if count[0] == kill_at:
+                die()
+            count[0] += 1
+        return publish(self)
+
+    def work_on():
+        TextWriter.publish = dying
+        with Work.open(folder, "job") as work:
+            files = [TextWriter(target / f"{name}.txt", "new", overwrite=True) for name in "abc"]
+            for file in files:
+                file.seal()
+            publish_together(files, work.journal)
+            die()
+
+    assert killed(work_on)
+    mend(folder)
     if kill_at < 3:
         assert listing(target) == {"b.txt": b"old"}
         assert folder.exists()

@@ -3,11 +3,11 @@
 import errno
 import hashlib
 import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from killing import die, killed
 from models import listing
 from safetensors.torch import load_file
 
@@ -162,25 +162,19 @@ def killed_at(folder: Path, overwrite: bool, at: int) -> bool:
     def counted(function):
         def call(*arguments, **options):
             if steps[0] == at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
             steps[0] += 1
             return function(*arguments, **options)
 
         return call
 
-    child = os.fork()
-    if child == 0:
-        try:
-            files = sealed(folder, overwrite)
-            for owner, name in ((os, "link"), (Path, "replace"), (Path, "rename"), (Path, "unlink")):
-                setattr(owner, name, counted(getattr(owner, name)))
-            publish_together(files, folder / "journal")
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
+    def publish():
+        files = sealed(folder, overwrite)
+        for owner, name in ((os, "link"), (Path, "replace"), (Path, "rename"), (Path, "unlink")):
+            setattr(owner, name, counted(getattr(owner, name)))
+        publish_together(files, folder / "journal")
+
+    return killed(publish)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
