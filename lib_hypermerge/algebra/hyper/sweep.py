@@ -20,7 +20,8 @@ from .problem import Cores
 _BYTES = 16 << 20  # of cores at a time: a few of these fit every cache and every memory
 _DEVICE_BYTES = 256 << 20
 _COPIED = 32 << 20  # numbers
-_SHIFT = 1e-6  # of a unit diagonal: keeps Cholesky's factor real in float32
+_LEAST = 1e-30  # squares below it, such as equal models' rounding leaves, are near the end of float32
+_SHIFT = 1e-6  # of a unit diagonal, for 32 rows: keeps Cholesky's factor real in float32
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,11 @@ def in_bases(A: torch.Tensor, bases: Bases, layout: Layout) -> torch.Tensor:
 def _factor(N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cholesky's factor of N scaled to a unit diagonal, and the scale: N = diag(scale)·L·Lᵀ·diag(scale)."""
     diagonal = N.diagonal(dim1=1, dim2=2)
-    scale = diagonal.clamp_min(0).sqrt()
+    scale = diagonal.clamp_min(_LEAST).sqrt() * (diagonal > _LEAST)
     inverse_scale = _inverse_or_zero(scale)
     unit = N * inverse_scale[:, :, None] * inverse_scale[:, None, :]
-    unit.diagonal(dim1=1, dim2=2).add_(torch.where(scale > 0, _SHIFT, 1.0))
+    shift = _SHIFT * max(1.0, N.shape[1] / 32)
+    unit.diagonal(dim1=1, dim2=2).add_(torch.where(scale > 0, shift, 1.0))
     return torch.linalg.cholesky_ex(unit)[0], scale
 
 

@@ -108,6 +108,8 @@ class Finisher:
         if not bool(energies.isfinite().all()):
             done.status = "nonfinite"
             return done
+        if not bool(energies.any()):  # the models are equal here, and their differences were rounding
+            return done
         if downs:
             width = sum(map(len, downs))
             self._fit(done, kept, downs, products[:, :, :width])
