@@ -12,7 +12,21 @@ import pytest
 import torch
 from adapter_samples import SAMPLES, Dice
 from hyper_sets import HyperSet, make_set
-from models import ATTENTION, NORM, SD1_TEXT, last_json, listing, lora_deltas, lora_ranks, run_cli
+from models import (
+    ATTENTION,
+    NORM,
+    SD1_TEXT,
+    base_weights,
+    cast,
+    last_json,
+    listing,
+    lora_deltas,
+    lora_ranks,
+    rank_change,
+    run_cli,
+    save_checkpoint,
+    tuned_weights,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +34,7 @@ from lib_hypermerge.errors import Cancelled, InputChangedError
 from lib_hypermerge.hosts.standalone import PathHost
 from lib_hypermerge.jobs.host import Context
 from lib_hypermerge.jobs.hyper import restore
+from lib_hypermerge.jobs.hyper.recipe import Recipe
 from lib_hypermerge.jobs.hyper.restore_spec import RestoreSpec
 
 TO_Q = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -123,6 +138,48 @@ def test_number_formats_and_metadata_of_a_checkpoint(sets, tmp_path):
     own = json.loads(metadata["hypermerge"])
     assert own["job"] == "restore" and own["parameters"]["model"] == "anna"
     assert str(tmp_path) not in json.dumps(metadata) and str(made.folder) not in json.dumps(metadata)
+
+
+def test_models_of_a_hyper_merge_come_back_as_near_as_it_says(tmp_path):
+    """From the real job: what restore writes misses as much as the recipe says, and fit finds nothing better."""
+    base = base_weights("sd15", 48)
+    names = ("anna", "bert", "carl")
+    for seed, name in enumerate(names, start=1):
+        tuned = tuned_weights(base, rank_change(2), seed)
+        save_checkpoint(tmp_path / f"{name}.safetensors", cast(tuned, torch.float16))
+    models = [tmp_path / f"{name}.safetensors" for name in names]
+    made = run_cli(["hyper", "--quiet", "--json", "--model", *models, "--ranks", "3,2", "--name", tmp_path / "fam",
+                    "--separate-te", "--device", "cpu"])  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    said = last_json(made)["models"]
+    hyper = HyperSet(tmp_path, tmp_path / "fam.safetensors", (), Recipe("", [], {}))
+    before = hyper.weights()
+    for name, path in zip(names, models, strict=True):
+        report, got = run(hyper, tmp_path / f"{name}-back", "--model", name, "--dtype", "fp32")
+        original, missed, whole = load_file(path), 0.0, 0.0
+        for _, key, rows in hyper.layers():
+            missed += float((original[key][rows].double() - got[key][rows].double()).square().sum())
+            whole += float((original[key][rows].double() - before[key][rows].double()).square().sum())
+        assert report["expected_error"] == pytest.approx(said[name], rel=1e-9)
+        assert (missed / whole) ** 0.5 == pytest.approx(said[name], rel=1e-3)
+        fitted = run_cli(["fit", "--quiet", "--json", "--separate-te", "--hyper", hyper.hyper, "--model", path])
+        assert fitted.returncode == 0, fitted.stderr
+        assert said[name] * 0.99 < last_json(fitted)["relative_error"] <= said[name] * (1 + 1e-4)
+
+
+def test_the_recipe_beside_a_model_knows_more_if_it_is_of_that_model(sets, tmp_path):
+    made = sets["sd15"]
+    (tmp_path / "m.safetensors").write_bytes(made.hyper.read_bytes())
+    recipe = made.recipe
+    other = replace(recipe, multipliers={"zoe": recipe.multipliers["anna"]}, models={"anna": 0.9})
+    for text, error in (
+        (replace(recipe, models={"anna": 0.7}).text(), 0.7), (other.text(), 0.1), ("garbage", 0.1),
+    ):  # fmt: skip
+        (tmp_path / "m.hypermerge.json").write_text(text, encoding="utf-8")
+        arguments = ["restore", "--json", "--quiet", "--dry-run", "--hyper", tmp_path / "m.safetensors", "--model",
+                     "anna", "--lora", *made.loras, "--out", tmp_path / "o"]  # fmt: skip
+        told = last_json(run_cli(arguments))
+        assert told["expected_error"] == error and told["warnings"] == []
 
 
 # --- a blend ---------------------------------------------------------------------------------------------------

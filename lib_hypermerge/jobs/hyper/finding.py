@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from ...errors import SpecError
+from ...errors import FormatError, SpecError
 from ...files.source import TensorFile
 from ..host import Host
 from ..outputs import RECIPE, read_recipe
@@ -30,7 +30,7 @@ class Found:
 
 
 def find_recipe(name: str | None, file: TensorFile | None, host: Host) -> Found:
-    """The recipe of that name; without a name, the one in a model's metadata, else the one beside the model.
+    """The recipe of that name; without a name, the one in a model's metadata, or the one beside the model.
 
     Raises SpecError (there is none, or it cannot be read) or FormatError (the file holds no recipe).
     """
@@ -40,15 +40,35 @@ def find_recipe(name: str | None, file: TensorFile | None, host: Host) -> Found:
     if file is None:
         raise SpecError("A recipe is needed.", hint="Name the hyper-model, or its .hypermerge.json.")
     beside = file.path.with_name(file.path.stem + SUFFIX)
+    own = None
     if read_recipe(file.metadata).get("job") == "hyper":
-        return Found(recipes.parse(file.metadata[RECIPE], file.path.name), file.path)
+        own = recipes.parse(file.metadata[RECIPE], file.path.name)
     if beside.is_file():
-        return Found(recipes.read(beside), beside)
+        fuller = _read_beside(beside, own)
+        if fuller is not None:
+            return Found(fuller, beside if own is None else file.path)
+    if own is not None:
+        return Found(own, file.path)
     raise SpecError(
         f"{file.path.name} says of no LoRAs that belong to it.",
         f"Neither is there a recipe in its metadata, nor is {beside.name} beside it.",
         "Choose a hyper-model, or name the recipe or the LoRAs.",
     )
+
+
+def _read_beside(path: Path, own: Recipe | None) -> Recipe | None:
+    """The recipe beside a model: it knows what was measured after the model's header was written. None if it is not
+    of the model that it lies beside."""
+    try:
+        found = recipes.read(path)
+    except (SpecError, FormatError):
+        if own is None:
+            raise
+        return None
+    same = own is None or (own.loras, own.multipliers, own.te_multipliers) == (
+        found.loras, found.multipliers, found.te_multipliers,
+    )  # fmt: skip
+    return found if same else None
 
 
 def find_file(name: str, file: TensorFile | None, host: Host) -> Path:
