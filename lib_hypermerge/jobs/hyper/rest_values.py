@@ -58,11 +58,12 @@ class RestValues:
         for rest in rests:
             for pieces in _pieces([rest.parts[m] for m in complete]):
                 check()
-                own = pieces[0].double()
-                whole += float(own.square().sum())
+                own = pieces[0].float()
+                whole += float(torch.dot(own, own))
                 for m, piece in zip(others, pieces[1:], strict=True):
                     if not _same(piece, pieces[0]):
-                        apart[m] += float((piece.double() - own).square().sum())
+                        difference = piece.float() - own
+                        apart[m] += float(torch.dot(difference, difference))
             if not math.isfinite(whole + math.fsum(apart.values())):
                 raise self._not_finite(rest, None)
         far = {m: math.sqrt(d / whole) for m, d in apart.items() if d > _ALIKE**2 * whole > 0}
@@ -99,9 +100,11 @@ class RestValues:
             if not bool((written + mean + centre).isfinite().all()):
                 raise self._not_finite(rest, taken)
             if rest.kind in MEASURED:
+                distinct = {id(x): x for x in own.values()}
+                far = {key: (_distance(x, written), _distance(x, centre)) for key, x in distinct.items()}
                 for m, x in own.items():
-                    errors[m] += (x - written).square_().sum()
-                    changes[m] += (x - centre).square_().sum()
+                    errors[m] += far[id(x)][0]
+                    changes[m] += far[id(x)][1]
         return RestValue(out.reshape(rest.info.shape), errors, changes)
 
     def own(self, rest: Rest, m: int) -> torch.Tensor:
@@ -160,6 +163,11 @@ def _mean(own: dict[int, torch.Tensor], weights: dict[int, float]) -> torch.Tens
     for m, x in own.items():
         mean.add_(x, alpha=weights[m])
     return mean
+
+
+def _distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """‖x − y‖²."""
+    return 0.0 if x is y else float((x - y).square_().sum())
 
 
 def _pieces(origins: Sequence[Origin]) -> Iterator[list[torch.Tensor]]:
