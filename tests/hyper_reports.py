@@ -36,7 +36,7 @@ def hyper_report(models: int = 4, ranks: tuple[int, ...] = (64, 32, 16), name: s
         "architecture": "SD1.5", "preview": False, "solver": "joint", "residual_share": loss[-1],
         "multipliers": multipliers, "te_multipliers": None, "loss": loss,
         "models": {label: 0.2 + 0.05 * i for i, label in enumerate(labels)}, "ranks": list(ranks),
-        "hyper": f"{name}.safetensors", "recipe": f"/models/{name}.hypermerge.json",
+        "hyper": f"{name}.safetensors", "hyper_bytes": 2**31, "recipe": f"/models/{name}.hypermerge.json",
         "loras": [{"name": stem, "rank": rank, "bytes": size, "share": 0.5 / (i + 1)}
                   for i, (stem, rank, size) in enumerate(zip(loras, ranks, sizes, strict=True))],
         "prompts": {label: snippet(row) for label, row in multipliers.items()},

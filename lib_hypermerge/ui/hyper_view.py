@@ -35,11 +35,11 @@ def _written(report: Report) -> str:
     if d["preview"]:
         files = [(f"{lora['name']}.safetensors", lora["bytes"]) for lora in d["loras"]]
         if d["hyper"]:
-            files.insert(0, (d["hyper"], d.get("hyper_bytes", 0)))
+            files.insert(0, (d["hyper"], d["hyper_bytes"]))
         if d["container"]:
             files.append((d["container"]["name"], d["container"]["bytes"]))
         files += [(f"{rest['name']}.safetensors", rest["bytes"]) for rest in d["remainders"].values()]
-        told = ", ".join(f"<b>{escape(name)}</b>" + (f" ({mib(size)})" if size else "") for name, size in files)
+        told = ", ".join(f"<b>{escape(name)}</b> ({mib(size)})" for name, size in files)
         return f'<p class="hypermerge-preview"><b>Preview: nothing was written.</b> A run writes {told}.</p>'
     load = html.button("hyper", "load", d["hyper"], "Load it now") if d["hyper"] and report.outputs else ""
     return f"<p>{html.files(report)} written in {report.seconds:.1f} s. {load}</p>"
@@ -52,11 +52,8 @@ def _models(report: Report) -> str:
     for index, (model, error) in enumerate(errors(report).items()):
         body += f"<tr><td>{escape(model)}</td><td>{percent(error)}</td><td>{_prompt(d, model, index)}</td></tr>"
     head = "<tr><th>Model</th><th>missed (norm)</th><th>Prompt that brings it back</th></tr>"
-    save = (
-        ""
-        if d["preview"] or not any(d["prompts"].values())
-        else html.button("hyper", "styles", "hyper", "Save as styles")
-    )
+    usable = any(d["prompts"].values()) and not d["preview"]
+    save = html.button("hyper", "styles", "hyper", "Save as styles") if usable else ""
     return f'<table class="hypermerge-table hypermerge-prompts">{head}{body}</table>{save}'
 
 
