@@ -15,11 +15,9 @@ from pathlib import Path
 
 import torch
 
-from ...adapters import lora
-from ...algebra.factored import LowRank, compress
-from ...algebra.lowrank import Factors
+from ...algebra.factored import LowRank
 from ...errors import FormatError, SpecError
-from ...files.dtypes import FLOATS, torch_dtype
+from ...files.dtypes import FLOATS
 from ...files.metadata import BaseModel
 from ...files.opening import open_tensors
 from ...files.source import TensorFile
@@ -138,27 +136,6 @@ def open_container(path: Path) -> Container:
     except BaseException:
         file.close()
         raise
-
-
-def lora_modules(
-    container: Container, weights: Mapping[str, float], rank: int | None = None, dtype: str | None = None
-) -> Iterator[tuple[str, Factors]]:
-    """The LoRA of one model, or of a blend, a module at a time: (name, up·down with alpha = rank, up to rounding).
-
-    rank: at most so many directions of each module, the best ones.  dtype: as safetensors names it, the
-    container's own by default.  Raises what Container.change raises, and NumericalError if dtype cannot hold it.
-    """
-    kind = torch_dtype(dtype or container.dtype)
-    for name in container.modules:
-        yield name, compress(container.change(name, weights), kind, container.rank(name, rank))
-
-
-def lora_tensors(
-    container: Container, weights: Mapping[str, float], rank: int | None = None, dtype: str | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of that LoRA in kohya's form."""
-    for name, factors in lora_modules(container, weights, rank, dtype):
-        yield from lora.tensors(name, factors.up, factors.down, container.modules[name])
 
 
 def _stated(file: TensorFile) -> Stated:
