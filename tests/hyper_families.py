@@ -34,7 +34,7 @@ class Family:
 def reached(weights: Weights) -> list[str]:
     """Keys of the matrices and convolutions that change."""
     matrices = (key for key, weight in weights.items() if weight.dim() > 1 and weight.is_floating_point())
-    return [key for key in matrices if not is_vae(key) and "embed" not in key]
+    return [key for key in matrices if not is_vae(key) and "embedding" not in key]
 
 
 def product(key: str, base: Weights, spectrum: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -74,6 +74,19 @@ def test_lora_files_are_models_too(tmp_path, models, base):
     assert alone["residual_share"] < 1
 
 
+def test_layers_in_which_all_models_are_equal(tmp_path):
+    """Of three equal numbers, a mean in float32 is not always the number: what that leaves is no change."""
+    family = known(3, (2, 1), own=0.2, divisor=64)
+    for model in family.models:
+        model.update({key: weight for key, weight in family.base.items() if "attn" in key or "cond_stage" in key})
+    paths = family.save(tmp_path, torch.float16)
+    for flags in (["--separate-te"], ["--solver", "directions"], ["--allocation", "layers"]):
+        folder = tmp_path / flags[0].strip("-")
+        answer = hyper(paths, folder, "--ranks", "2,1", *flags)
+        assert answer["residual_share"] == pytest.approx(judged(folder, paths, answer).residual_share, rel=1e-3)
+        assert not any("attn" in name or "_te_" in name for name in lora_ranks(folder / "h-1.safetensors"))
+
+
 def test_a_weighted_mean(tmp_path, models):
     answer = hyper(models, tmp_path, "--ranks", "4,3", "--weights", "3,1,1,0", "--model-dtype", "fp32")
     made = oracle.load_reached(tmp_path / "h.safetensors")
@@ -97,13 +110,16 @@ def test_other_weights_of_layers_keep_the_meaning_of_the_figures(tmp_path, model
 
 @pytest.mark.parametrize("count", [None, 1, 3])
 def test_ranks_are_planned_for_a_size(tmp_path, models, count):
-    size = 0.5
+    size = 1.0
     more = () if count is None else ("--count", count)
     answer = hyper(models, tmp_path, "--size", size, *more)
     assert count is None or len(answer["loras"]) == count
     stored = sum((tmp_path / f"{one['name']}.safetensors").stat().st_size for one in answer["loras"])
     assert stored == sum(one["bytes"] for one in answer["loras"])
-    assert 0.7 * size * 2**20 < stored <= 1.02 * size * 2**20
+    numbers = sum(tensor.nbytes for one in answer["loras"]
+                  for tensor in load_file(tmp_path / f"{one['name']}.safetensors").values())  # fmt: skip
+    assert 0.3 * size * 2**20 < numbers <= size * 2**20
+    assert stored <= 1.3 * size * 2**20  # of files as small as these, headers are a third
     assert answer["residual_share"] == pytest.approx(judged(tmp_path, models, answer).residual_share, rel=1e-3)
 
 
@@ -143,7 +159,7 @@ def test_a_preview_tells_the_same_figures_and_writes_nothing(tmp_path, models, f
     assert answer["preview"] is False
     for figure in ("residual_share", "models", "multipliers", "loss", "ranks", "prompts", "similarity", "by_model"):
         assert preview[figure] == answer[figure], figure
-    for table in ("loras", "curve", "alternatives"):
+    for table in ("loras", "curve"):
         for foreseen, real in zip(preview[table], answer[table], strict=True):
             assert foreseen.pop("bytes") == pytest.approx(real.pop("bytes"), rel=0.2)  # headers are a part of these
             assert foreseen == real
