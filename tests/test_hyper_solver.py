@@ -16,7 +16,7 @@ from lib_hypermerge.algebra.hyper.problem import Cores, Problem, Settings, Solut
 from lib_hypermerge.algebra.hyper.solve import solve
 
 METHODS = ("joint", "greedy", "directions")
-QUICK = Settings(iterations=60)
+QUICK = Settings(iterations=40)
 
 
 def problem_of(*groups: np.ndarray, outside: float = 0.0) -> Problem:
@@ -94,7 +94,7 @@ def greedy_by_definition(C: np.ndarray, ranks: tuple[int, ...], seed: int, itera
     return float(np.square(E).sum() / energy)
 
 
-@settings(max_examples=15, derandomize=True, deadline=None)
+@settings(max_examples=12, derandomize=True, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     models=st.integers(2, 5),
@@ -112,7 +112,7 @@ def test_joint_is_never_above_greedy(seed, models, shape, ranks, decay, shared) 
     assert joint.loss[-1] <= greedy_by_definition(C, ranks, seed) + 1e-6
 
 
-@settings(max_examples=12, derandomize=True, deadline=None)
+@settings(max_examples=8, derandomize=True, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     models=st.integers(2, 5),
@@ -147,8 +147,8 @@ def test_the_loss_reported_is_that_of_the_factors_and_never_rises(seed, models, 
 
 def test_eight_models_and_four_or_more_loras_come_at_least_8_percent_closer_than_greedy() -> None:
     ratios = []
-    for seed, ranks in ((0, (8, 8, 8, 8, 8, 8, 8)), (1, (16, 8, 4, 4)), (2, (16,) * 4), (3, (12, 8, 6, 4, 2))):
-        C = family(seed, 8, 4, 40, 40, 7, 0.6, own=0.3)
+    for seed, ranks in ((0, (6, 6, 6, 6, 6, 6, 6)), (1, (12, 6, 3, 3)), (2, (12,) * 4), (3, (8, 6, 4, 3, 2))):
+        C = family(seed, 8, 4, 30, 30, 7, 0.6, own=0.3)
         ratios.append(solve(problem_of(C), ranks, "joint", QUICK).loss[-1] / greedy_by_definition(C, ranks, seed, 40))
     assert max(ratios) <= 1 + 1e-6
     assert sum(ratios) / len(ratios) <= 0.92
