@@ -28,6 +28,7 @@ from .plan import HyperPlan, make_plan
 from .recipe import Recipe
 from .remainders import Remainder
 from .rest_values import RestValues
+from .rests import MEASURED
 from .result import Ran, report_of
 from .sketch import Sketch, Sketcher
 from .solving import UNET, Part, Seen, directions_of, parts_of, residual_of, settings_of, solve_parts
@@ -93,20 +94,15 @@ class _Merge:
         draft = self._recipe(parts, ranks)
         measures = Measures(self.plan, seen, len(ranks))
         with self._timed("finishing and writing"), contextlib.ExitStack() as stack:
+            # first, as the hyper-model's header tells of them
+            rests = self._remainders(draft.hyper)
+            more = [stack.enter_context(rest.writer) for rest in rests if rest.writer is not None]
+            draft = replace(draft, remainders={rest.label: rest.path.stem for rest in rests})
             files = None if self.spec.preview else stack.enter_context(Files(self.plan, ranks, draft))
             self._finish(parts, boxes, measures, files)
             self.plan.inputs.check_unchanged()
-            self.context.progress(0.97, "saving")
-            rests = self._remainders(draft.hyper, files is not None)
-            for rest in rests:
-                if rest.writer is not None:
-                    stack.enter_context(rest.writer)
-            recipe = replace(
-                draft, models=measures.models(), residual_share=measures.residual_share,
-                remainders={rest.label: rest.path.stem for rest in rests},
-            )  # fmt: skip
-            more = [rest.writer for rest in rests if rest.writer is not None]
-            self.context.check()
+            self.context.progress(0.98, "saving")
+            recipe = replace(draft, models=measures.models(), residual_share=measures.residual_share)
             written = [] if files is None else files.publish(recipe, more, self.work.journal)
         self.fell_back += measures.fell_back
         if self.fell_back:
@@ -269,18 +265,18 @@ class _Merge:
                     model.more(layer.rows)
                 done += _numel(layer.job.layer)
                 self.context.progress(_SOLVED + (0.97 - _SOLVED) * done / whole, layer.job.layer.key)
-            if name in rests:
+            if name in rests and (model is not None or rests[name].kind in MEASURED):
                 value = self.values.value(rests[name])
                 measures.add_rest(value)
                 if model is not None:
                     model.more(value.tensor)
 
-    def _remainders(self, hyper: str, write: bool) -> list[Remainder]:
+    def _remainders(self, hyper: str) -> list[Remainder]:
         plan, spec = self.plan, self.spec
         if spec.remainders == NONE:
             return []
         return remainders.make(
-            plan.inputs, spec, plan.rests, self.values, plan.rest_files, hyper, write, self.context.check
+            plan.inputs, spec, plan.rests, self.values, plan.rest_files, hyper, not spec.preview, self.context.check
         )
 
     def _take(self, done: Finished, measures: Measures, files: Files | None) -> None:

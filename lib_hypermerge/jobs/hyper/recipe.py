@@ -23,6 +23,7 @@ class Recipe:
     """hyper: the hyper-model's file name (the base's, where only LoRAs were written).  loras: stems in order.
 
     multipliers: of the UNet, and of text encoders too where te_multipliers is None.  models: label → relative error.
+    These and residual_share are lacking in the hyper-model's header, which is written before they are measured.
     remainders: label → stem of its remainder file.  container: the container's file name, if there is one.
     """
 
@@ -32,14 +33,17 @@ class Recipe:
     te_multipliers: Multipliers | None = None
     models: dict[str, float] = field(default_factory=dict)
     ranks: list[int] = field(default_factory=list)
-    residual_share: float = 0.0
+    residual_share: float | None = None
     remainders: dict[str, str] = field(default_factory=dict)
     container: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     parents: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": __version__, "job": "hyper", **asdict(self)}
+        own = asdict(self)
+        if self.residual_share is None:  # not measured yet
+            del own["residual_share"], own["models"]
+        return {"version": __version__, "job": "hyper", **own}
 
     def text(self) -> str:
         return json.dumps(self.to_json(), ensure_ascii=False, separators=(",", ":"))
