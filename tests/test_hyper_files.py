@@ -148,7 +148,7 @@ def test_every_field_of_the_answer(made, models):
         assert row["rest_error"] is None or row["rest_error"] > 0
         for part in row["components"].values():
             assert 0 < part["relative_error"] < 1
-            assert all(0 <= block["relative_error"] <= 1.01 for block in part["blocks"].values())
+            assert all(0 <= error <= 1.01 for error in part["blocks"].values())
 
 
 def test_the_curve_is_that_of_the_files(tmp_path, models):
