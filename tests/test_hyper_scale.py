@@ -17,8 +17,8 @@ import json, sys
 from pathlib import Path
 from lib_hypermerge import cli
 def counted(path):
-    return {n: int(v.split()[0]) for n, _, v in (line.partition(":") for line in Path(path).read_text().splitlines())
-            if v.split()[0].isdigit()}
+    rows = (line.split() for line in Path(path).read_text().splitlines())
+    return {row[0].strip(":"): int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 before = counted("/proc/self/io")["rchar"]
 code = cli.main(sys.argv[1:])
 print(json.dumps({"read": counted("/proc/self/io")["rchar"] - before, "peak": counted("/proc/self/status")["VmHWM"]}))
@@ -29,7 +29,8 @@ sys.exit(code)
 def counted(models: list[Path], folder: Path, *more) -> tuple[int, float, dict]:
     """Bytes read, MiB resident at most, the answer."""
     folder.mkdir()
-    command = [sys.executable, "-c", COUNTED, *map(str, arguments(models, folder, "--threads", 2, *more))]
+    flags = arguments(models, folder, "--threads", 1, "--ranks", "2,1", *more)
+    command = [sys.executable, "-c", COUNTED, *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     *_, answer, counts = map(json.loads, done.stdout.splitlines())
@@ -53,11 +54,12 @@ def many(tmp_path_factory) -> list[Path]:
 
 def test_memory_is_not_that_of_the_models_and_they_are_read_a_few_times(tmp_path, many):
     size = many[0].stat().st_size
-    _, few, _ = counted(many[:3], tmp_path / "few", "--ranks", "8,4")
-    read, most, answer = counted(many, tmp_path / "most", "--ranks", "8,4", "--tolerance", 0, "--iterations", 5)
-    again, _, longer = counted(many, tmp_path / "longer", "--ranks", "8,4", "--tolerance", 0, "--iterations", 20)
+    _, few, _ = counted(many[:3], tmp_path / "few")
+    read, most, answer = counted(many, tmp_path / "most", "--tolerance", 0, "--iterations", 5)
+    again, _, longer = counted(many, tmp_path / "longer", "--tolerance", 0, "--iterations", 20)
     assert len(longer["loss"]) > len(answer["loss"])
-    assert most - few < 1.5 * size / 2**20, "six more models took as much as two of them"
+    # a layer's rows and cores of every model are held: in so narrow a model as this, a quarter of it
+    assert most - few < 0.4 * 6 * size / 2**20
     imported = 80 << 20
     assert read < 4 * 9 * size + imported
     assert again < read + 0.5 * 9 * size
@@ -110,8 +112,9 @@ def stopped(models: list[Path], folder: Path, step: str, times: int, sent: signa
     return process.returncode
 
 
-# several moments of every part of the work: the passes over the files, and the outputs' getting their names
-MOMENTS = [("sketch", 1), ("sketch", 200), ("finish", 1), ("finish", 300), ("link", 1), ("link", 3)]
+# several moments of every part of the work: the passes over the files, and when files get their names; the first that
+# does is the description of the job in the work folder
+MOMENTS = [("link", 1), ("sketch", 200), ("finish", 1), ("finish", 300), ("link", 3), ("link", 5)]
 
 
 @pytest.mark.parametrize(("step", "times"), MOMENTS, ids=lambda v: str(v))
@@ -123,7 +126,7 @@ def test_a_killed_process_leaves_no_half_file_and_the_next_run_completes(tmp_pat
     assert step == "link" or not shown
     answer = hyper(models, tmp_path, "--ranks", "3,2", "--threads", 2)
     assert listing(tmp_path) == undisturbed
-    assert answer["resumed"] is ((step, times) != ("sketch", 1))
+    assert answer["resumed"] is ((step, times) != ("link", 1))
 
 
 @pytest.mark.parametrize(("step", "times"), [("sketch", 100), ("finish", 100)])
