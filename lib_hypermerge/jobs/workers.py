@@ -18,7 +18,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST_WORKERS = 8
-_WORTH_THREADS = 1 << 22  # numbers; with fewer, waking the threads costs more than they save
 _MOST_BYTES = 1 << 30  # for the buffers of all workers together
 
 
@@ -69,11 +68,10 @@ def map_in_order(
 
 
 @contextmanager
-def threads_for(numbers: int) -> Iterator[None]:
-    """One torch thread while this many numbers are worked on in small operations, unless there are enough of them."""
+def torch_threads(threads: int) -> Iterator[None]:
+    """That many for torch in this thread, and its own number again after."""
     before = torch.get_num_threads()
-    if numbers < _WORTH_THREADS:
-        torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

@@ -23,7 +23,8 @@ def polish(view: View, found: list[Fixed], check: Callable[[], None]) -> tuple[l
     downs = [[A.clone() for A in term.downs] for term in found]
     inner = torch.zeros_like(multipliers)
     products = torch.zeros(count, count, dtype=torch.float64)
-    for g, part, C in view.chunks():
+
+    def improve(g: int, part: slice, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         S = combine(multipliers, C)
         D = torch.stack([ups[i][g][part] @ downs[i][g][part] for i in range(count)], 1)
         for i in range(count):
@@ -34,8 +35,11 @@ def polish(view: View, found: list[Fixed], check: Callable[[], None]) -> tuple[l
         layout = Layout(tuple(downs[i][g].shape[1] for i in range(count)))
         U = torch.cat([ups[i][g][part] for i in range(count)], 2)
         A = torch.cat([downs[i][g][part] for i in range(count)], 1)
-        inner += inner_products(C, U, A, layout)
-        products += layout.sum_blocks((U.mT @ U) * (A @ A.mT))
+        return inner_products(C, U, A, layout), layout.sum_blocks((U.mT @ U) * (A @ A.mT))
+
+    for own_inner, own_products in view.each(improve):
+        inner += own_inner
+        products += own_products
     multipliers = best_multipliers(inner, products, 0.0)
     loss = loss_of(view.energy, multipliers, inner, products)
     return [Fixed(multipliers[:, i], ups[i], downs[i]) for i in range(count)], loss
@@ -76,11 +80,15 @@ def leading_rows(T: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def spectra(view: View, found: Sequence[Fixed], i: int) -> list[torch.Tensor]:
     """Per group (L, min(p, q)) float64: squared singular values, descending, of LoRA i's target times Σ_m λ_mi²."""
     multipliers = torch.stack([term.multipliers for term in found], 1)
-    out: list[list[torch.Tensor]] = [[] for _ in view.groups]
-    for g, part, C in view.chunks():
+
+    def squares(g: int, part: slice, C: torch.Tensor) -> tuple[int, torch.Tensor]:
         D = torch.stack([term.ups[g][part] @ term.downs[g][part] for term in found], 1)
         T = target(combine(multipliers, C), D, multipliers, i)
         T = T if T.shape[1] <= T.shape[2] else T.mT
         values = torch.linalg.eigvalsh((T @ T.mT).cpu().double()).flip(1).clamp_min(0)
-        out[g].append(values * multipliers[:, i].square().sum())
+        return g, values * multipliers[:, i].square().sum()
+
+    out: list[list[torch.Tensor]] = [[] for _ in view.groups]
+    for g, values in view.each(squares):
+        out[g].append(values)
     return [torch.cat(group) for group in out]

@@ -50,11 +50,15 @@ def begin(view: View, multipliers: torch.Tensor, ranks: Sequence[torch.Tensor], 
         torch.randn(layout.total, c.values.shape[2], generator=generator).to(c.values.device)
         for c, layout in zip(view.groups, layouts, strict=True)
     ]
-    for g, part, C in view.chunks():
+
+    def fill(g: int, part: slice, C: torch.Tensor) -> None:
         S, layout = combine(multipliers, C), layouts[g]
         for i, rows in enumerate(layout.slices):
             there = torch.arange(layout.ranks[i])[:, None] < ranks[g][part, i, None, None]
             downs[g][part, rows] = (sketches[g][rows] @ S[:, i]) * there.to(C)
+
+    for _ in view.each(fill):
+        pass
     return Terms(multipliers.clone(), downs, layouts)
 
 

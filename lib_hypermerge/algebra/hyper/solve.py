@@ -127,13 +127,14 @@ def _measured(
     view: View, multipliers: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor], ranks: Sequence[int]
 ) -> float:
     """Σ_m ‖C_m − Σ_i λ_mi U_i A_i‖² of the factors as they are handed out, summed in float64."""
-    total = 0.0
     slices = Layout(tuple(ranks)).slices
-    for g, part, C in view.chunks():
+
+    def missed(g: int, part: slice, C: torch.Tensor) -> float:
         D = torch.stack([(ups[g][part, :, rows] @ downs[g][part, rows]).flatten(1) for rows in slices], 1)
         rest = C.flatten(2) - multipliers.to(C) @ D
-        total += float(rest.square().sum((1, 2)).cpu().double().sum())
-    return total
+        return float(rest.square().sum((1, 2)).cpu().double().sum())
+
+    return sum(view.each(missed))
 
 
 def _notes(gram: torch.Tensor, multipliers: torch.Tensor) -> list[str]:

@@ -10,14 +10,18 @@ Shapes within a group: C (l, M, p, q) cores, A (l, R, q) downs and U (l, p, R) u
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 from ...lazy import torch
+from .parallel import one_thread_each
 from .problem import Cores
 
-_BYTES = 16 << 20  # of cores at a time: a few of these fit every cache and every memory
+T = TypeVar("T")
+
+_BYTES = 8 << 20  # of cores at a time: a few of these fit every memory, and there are some for every thread
 _DEVICE_BYTES = 256 << 20
 _COPIED = 32 << 20  # numbers
 _LEAST = 1e-30  # squares below it, such as equal models' rounding leaves, are near the end of float32
@@ -92,23 +96,33 @@ class View:
     groups: Sequence[Cores]
     fixed: tuple[Fixed, ...] = ()
 
-    def chunks(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """(group, layers, C float32)."""
+    def each(self, function: Callable[[int, slice, torch.Tensor], T]) -> Iterator[T]:
+        """function(group, layers, C float32) of all chunks, in their order, as many at a time as torch has threads.
+
+        Each runs in one thread: that beats threads inside these small operations, and results do not depend on how
+        many there are.
+        """
+        return one_thread_each(lambda chunk: function(*chunk, self._cores(*chunk)), self._chunks())
+
+    def _chunks(self) -> list[tuple[int, slice]]:
+        out = []
         for g, cores in enumerate(self.groups):
             layers, *shape = cores.values.shape
             limit = _BYTES if cores.values.device.type == "cpu" else _DEVICE_BYTES
             step = max(1, limit // (4 * max(1, math.prod(shape))))
-            for start in range(0, layers, step):
-                part = slice(start, min(start + step, layers))
-                C = cores.values[part]
-                for term in self.fixed:
-                    C = term.taken_from(C, g, part)
-                yield g, part, C
+            out += [(g, slice(start, min(start + step, layers))) for start in range(0, layers, step)]
+        return out
+
+    def _cores(self, g: int, part: slice) -> torch.Tensor:
+        C = self.groups[g].values[part]
+        for term in self.fixed:
+            C = term.taken_from(C, g, part)
+        return C
 
     @cached_property
     def energy(self) -> float:
         """Σ ‖C_m‖², summed in float64."""
-        return sum(float(C.square().sum((1, 2, 3)).cpu().double().sum()) for _, _, C in self.chunks())
+        return sum(self.each(lambda g, part, C: float(C.square().sum((1, 2, 3)).cpu().double().sum())))
 
     def less(self, term: Fixed) -> View:
         """What is left beside one more LoRA: as a copy if that is small, else worked out whenever it is looked at."""
@@ -116,8 +130,8 @@ class View:
         if sum(cores.values.numel() for cores in self.groups) > _COPIED:
             return view
         values = [torch.empty(cores.values.shape, device=cores.values.device) for cores in self.groups]
-        for g, part, C in view.chunks():
-            values[g][part] = C
+        for _ in view.each(lambda g, part, C: values[g][part].copy_(C)):
+            pass
         return View([replace(cores, values=C) for cores, C in zip(self.groups, values, strict=True)])
 
 
@@ -134,18 +148,22 @@ def sweep(view: View, terms: Terms, ridge: float, *, free: bool = True, ups: lis
     models, count = unit.shape
     inner = torch.zeros(models, count, dtype=torch.float64)
     products = torch.zeros(count, count, dtype=torch.float64)
-    for g, part, C in view.chunks():
+
+    def improve(g: int, part: slice, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         layout = terms.layouts[g]
         S, weights = combine(unit, C), layout.expand(gamma.to(C))
         A, bases = orthonormal(terms.downs[g][part], layout)
         U = best_ups(S, A, weights, layout)
         A = best_downs(S, U, weights, layout)
-        inner += inner_products(C, U, A, layout)
-        products += layout.sum_blocks((U.mT @ U) * (A @ A.mT))
         if ups is None:
             terms.downs[g][part] = in_bases(A, bases, layout)
         else:
             terms.downs[g][part], ups[g][part] = A, U
+        return inner_products(C, U, A, layout), layout.sum_blocks((U.mT @ U) * (A @ A.mT))
+
+    for own_inner, own_products in view.each(improve):
+        inner += own_inner
+        products += own_products
     terms.multipliers = best_multipliers(inner, products, ridge) if free else unit
     return loss_of(view.energy, terms.multipliers, inner, products)
 

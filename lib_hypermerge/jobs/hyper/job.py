@@ -19,7 +19,7 @@ from ...files.dtypes import OUTPUT_DTYPES, torch_dtype
 from ..devices import resolve_device
 from ..host import Context, Host
 from ..report import Report
-from ..workers import map_in_order, plan_workers, threads_for
+from ..workers import map_in_order, plan_workers, torch_threads
 from . import remainders
 from .finish import Finished, Finisher, Job
 from .inputs import Layer, blame
@@ -86,7 +86,7 @@ class _Merge:
     def run(self) -> Report:
         with self._timed("reading and sketching"):
             seen = self._sketch()
-        with threads_for(sum(self.plan.cores_bytes(layer) for layer in self.plan.inputs.layers) // 4):
+        with torch_threads(self.workers):
             with self._timed("solving"):
                 parts, ranks = self._solve(seen)
             with self._timed("comparing"):

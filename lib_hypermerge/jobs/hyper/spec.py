@@ -124,7 +124,7 @@ class HyperSpec(Spec):
         advanced=True,
     )  # fmt: skip
     tolerance: float = param(
-        NUMBER, "Stop below", "Relative change of the loss in one iteration.", 1e-5, bounds=(0, 0.1), advanced=True
+        NUMBER, "Stop below", "Relative change of the loss in one iteration.", 1e-4, bounds=(0, 0.1), advanced=True
     )
     iterations: int = param(INTEGER, "Most iterations", "Of one start.", 200, bounds=(1, 10000), advanced=True)
     device: str = param(
