@@ -23,10 +23,11 @@ _PRECISE_BELOW = 1e-3  # share of a layer's change under which its error is meas
 
 @dataclass(frozen=True)
 class Job:
-    """A layer to finish.  downs: per LoRA (r_i, k) float32, r_i may be 0.  multipliers: (M, K) float64.
+    """A layer to finish.  downs: per LoRA (r_i, q) float32, r_i may be 0.  multipliers: (M, K) float64.
 
-    hyper: the number format of the hyper-model's rows.  box: the container's down (b, k) as rounded, if there is one.
-    up_rank: columns of the container's up.  mix: (K, M) float64, of LoRAs without a limit: D_i = Σ_m mix_im E_m.
+    hyper: the number format of the hyper-model's rows.  box: the container's down (b, q) float32, if there is one.
+    basis: (q, k), what both are in terms of; None: q is k.  up_rank: columns of the container's up.
+    mix: (K, M) float64, of LoRAs without a limit: D_i = Σ_m mix_im E_m.
     """
 
     index: int
@@ -35,6 +36,7 @@ class Job:
     multipliers: torch.Tensor
     hyper: str
     box: torch.Tensor | None = None
+    basis: torch.Tensor | None = None
     up_rank: int = 0
     mix: torch.Tensor | None = None
 
@@ -92,8 +94,10 @@ class Finisher:
             return self._finish_whole(job, job.mix)
         M, (n, k), K = self.stack.models, job.layer.shape, job.multipliers.shape[1]
         kept = [i for i, down in enumerate(job.downs) if len(down) and bool(down.any())]
-        downs = [self._rounded(job.downs[i]) for i in kept]
-        thin = [down.float() for down in downs] + ([] if job.box is None else [job.box.float()])
+        basis = None if job.basis is None else job.basis.float()
+        downs = [self._rounded(_in_terms_of(basis, job.downs[i])) for i in kept]
+        box = None if job.box is None or not len(job.box) else _in_terms_of(basis, job.box).to(self.dtype)
+        thin = [down.float() for down in downs] + ([] if box is None else [box.float()])
         A = torch.cat(thin).to(device).contiguous() if thin else torch.empty(0, k)
         rows = torch.empty(n, k, dtype=torch_dtype(job.hyper))
         energies, products = torch.zeros(M, dtype=torch.float64), torch.empty(M, n, len(A))
@@ -113,10 +117,10 @@ class Finisher:
         if downs:
             width = sum(map(len, downs))
             self._fit(done, kept, downs, products[:, :, :width])
-        if job.box is not None:
-            own = products[:, :, len(A) - len(job.box) :].contiguous()
-            made = container_finish.finish(own, job.box, energies, job.up_rank)
-            done.box = Box(made.up, job.box, made.cores, made.errors)
+        if box is not None:
+            own = products[:, :, len(A) - len(box) :].contiguous()
+            made = container_finish.finish(own, box, energies, job.up_rank)
+            done.box = Box(made.up, box, made.cores, made.errors)
         return done
 
     def _finish_whole(self, job: Job, mix: torch.Tensor) -> Finished:
@@ -182,3 +186,7 @@ class Finisher:
         check_range(rounded, self.dtype)
         alive = rounded.any(1)
         return rounded[alive] if bool(alive.any()) else rounded[:1]
+
+
+def _in_terms_of(basis: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    return rows if basis is None else rows @ basis

@@ -232,13 +232,9 @@ class _Merge:
             if part.mix is not None:
                 yield Job(index, layer, [], part.solution.multipliers, hyper, mix=part.mix)
                 continue
+            box, up_rank = (None, 0) if boxes is None else part.box(boxes, first, index)
             basis = self.work.load(index).get("basis")
-            downs, (box, up_rank) = part.downs(index), (None, 0) if boxes is None else part.box(boxes, first, index)
-            if basis is not None:
-                downs = [down @ basis.float() for down in downs]
-                box = None if box is None else box @ basis.float()
-            box = box.to(self.dtype) if box is not None and len(box) else None
-            yield Job(index, layer, downs, part.solution.multipliers, hyper, box, up_rank)
+            yield Job(index, layer, part.downs(index), part.solution.multipliers, hyper, box, basis, up_rank)
 
     def _finish(self, parts: list[Part], boxes: SharedCores | None, measures: Measures, files: Files | None) -> None:
         """Every tensor of the hyper-model in its order, and every layer, whether its tensor is written or not."""
