@@ -71,6 +71,7 @@ class Param:
     optional: bool = False
     placeholder: str = ""
     target: str = "lora"  # what an output is: lora, checkpoint, or folder
+    paths_only: bool = False  # of use only where names are paths: on the command line
     flag: str = ""  # the command line's name for it, where that is not the field's
     fewest: int = 1  # of a list of files: a page says nothing of fewer
 

@@ -49,6 +49,8 @@ class Panel:
 
         if has_preview(self.verb.spec):  # a button of its own
             self.controls[PREVIEW] = Control(params.pop(PREVIEW), [], lambda values: False)
+        for field in [f for f, p in params.items() if p.paths_only]:
+            self.controls[field] = Control(params.pop(field), [], lambda values: None)
         shown = [f for f, p in params.items() if not p.advanced]
         models = [f for f in shown if params[f].kind in MODELS and params[f].kind != LORAS]
         rest = [f for f in shown if params[f].kind not in MODELS]

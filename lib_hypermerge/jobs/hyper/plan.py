@@ -146,8 +146,11 @@ class HyperPlan:
 
     @property
     def work_bytes(self) -> int:
-        """Of bases and cores on the disk."""
-        return sum(self._work_bytes(layer) for layer in self.inputs.layers) if not self.full else 0
+        """Of bases and cores on the disk; cores that do not fit the memory stand there twice, once in one piece."""
+        if self.full:
+            return 0
+        mapped = sum(map(self.cores_bytes, self.inputs.layers)) if self.maps_cores else 0
+        return mapped + sum(self._work_bytes(layer) for layer in self.inputs.layers)
 
     def _work_bytes(self, layer: Layer) -> int:
         p, q = width_for(self.total_rank, *layer.shape, self.models)

@@ -24,7 +24,8 @@ class Recipe:
 
     multipliers: of the UNet, and of text encoders too where te_multipliers is None.  models: label → relative error.
     These and residual_share are lacking in the hyper-model's header, which is written before they are measured.
-    remainders: label → stem of its remainder file.  container: the container's file name, if there is one.
+    remainders: label → stem of its remainder file.  container: the container's file name, if there is one, and
+    container_models its own relative errors, where models are those of LoRAs.
     """
 
     hyper: str
@@ -36,13 +37,14 @@ class Recipe:
     residual_share: float | None = None
     remainders: dict[str, str] = field(default_factory=dict)
     container: str | None = None
+    container_models: dict[str, float] | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     parents: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         own = asdict(self)
         if self.residual_share is None:  # not measured yet
-            del own["residual_share"], own["models"]
+            del own["residual_share"], own["models"], own["container_models"]
         return {"version": __version__, "job": "hyper", **own}
 
     def text(self) -> str:
