@@ -25,11 +25,6 @@ def width_for(total_rank: int, n: int, k: int, models: int) -> tuple[int, int]:
     return min(p, models * q), q
 
 
-def row_basis(Z: torch.Tensor) -> torch.Tensor:
-    """(q, k) float32 orthonormal rows spanning the columns of Z: (k, q)."""
-    return orthonormal(Z)
-
-
 def orthonormal(Z: torch.Tensor) -> torch.Tensor:
     """(q, k) float32: rows that span the columns of Z (k, q), orthonormal to float32's precision.
 
@@ -47,9 +42,8 @@ def cores(W: torch.Tensor, p: int, seed: int) -> torch.Tensor:
     M, n, q = W.shape
     if p >= n:
         return W.contiguous()
-    wide = W.permute(1, 0, 2).reshape(n, M * q)
-    X = wide @ svd.gaussian(p, M * q, seed).mT.to(W.device)
-    U = orthonormal(X)
+    mixed = svd.gaussian(p, M * q, seed).mT.to(W.device).view(M, q, p)
+    U = orthonormal(torch.bmm(W, mixed).sum(0))
     for _ in range(_STEPS):
-        U = orthonormal(wide @ (U @ wide).mT)
+        U = orthonormal(torch.bmm(W, (U @ W).mT).sum(0))
     return torch.matmul(U, W)

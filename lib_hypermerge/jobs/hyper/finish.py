@@ -18,7 +18,7 @@ from .inputs import Layer
 from .stack import Stack
 
 _SLAB = 1 << 21  # numbers of all models that are multiplied at a time
-_PRECISE_BELOW = 1e-3  # share of a layer's change under which its error is measured from the residual itself
+_PRECISE_BELOW = 1e-2  # share of a layer's change under which its error is measured from the residual itself
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ...algebra.hyper.alternatives import Alternative, alternatives, joined, num
 from ...algebra.hyper.container import SharedCores, shared_cores
 from ...errors import NumericalError
 from ...files.dtypes import OUTPUT_DTYPES, torch_dtype
+from ...files.writer import check_room
 from ..devices import resolve_device
 from ..host import Context, Host
 from ..report import Report
@@ -47,6 +48,7 @@ def run(plan: HyperPlan, host: Host, context: Context) -> Report:
     with contextlib.ExitStack() as stack:
         folder = plan.work_folder
         if plan.spec.preview:
+            check_room(Path(tempfile.gettempdir()), "what a preview works on", plan.work_bytes)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hypermerge-"))) / "work"
         work = stack.enter_context(Work.open(folder, _fingerprint(plan)))
         try:
@@ -75,7 +77,7 @@ class _Merge:
     def __init__(self, plan: HyperPlan, host: Host, context: Context, work: Work):
         self.plan, self.spec, self.context, self.work = plan, plan.spec, context, work
         self.device = resolve_device(plan.spec.device, host.device())
-        self.workers, self.threads = plan_workers(host.threads(), self.device, 128 << 20)
+        self.workers, self.threads = plan_workers(host.threads(), self.device, plan.bytes_per_worker)
         self.dtype = torch_dtype(OUTPUT_DTYPES[plan.spec.dtype])
         self.stack = Stack(plan.inputs, plan.weights)
         self.values = RestValues(plan.inputs, plan.spec, plan.rests, context.check)
@@ -102,7 +104,7 @@ class _Merge:
             self._finish(parts, boxes, measures, files)
             self.plan.inputs.check_unchanged()
             self.context.progress(0.98, "saving")
-            recipe = replace(draft, models=measures.models(), residual_share=measures.residual_share)
+            recipe = self._measured(draft, measures)
             written = [] if files is None else files.publish(recipe, more, self.work.journal)
         self.fell_back += measures.fell_back
         if self.fell_back:
@@ -217,6 +219,16 @@ class _Merge:
         allocate = self.spec.allocation == LAYERS
         return boxes, alternatives(problems, ranks, settings, numbers=numbers, allocate=allocate, greedy=greedy,
                                    container=boxes)  # fmt: skip
+
+    def _measured(self, draft: Recipe, measures: Measures) -> Recipe:
+        """Errors are those of the LoRAs, or of the container where there are none."""
+        share, models = measures.residual_share, measures.models()
+        if not self.plan.writes_container:
+            return replace(draft, models=models, residual_share=share)
+        boxed_share, boxed_models = measures.container()
+        if not self.plan.writes_loras:
+            return replace(draft, models=boxed_models, residual_share=boxed_share)
+        return replace(draft, models=models, residual_share=share, container_models=boxed_models)
 
     # --- the last pass ----------------------------------------------------------------------------
 

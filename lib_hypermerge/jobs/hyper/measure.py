@@ -113,14 +113,16 @@ class Measures:
         return points
 
     def alone(self) -> list[float]:
-        """Per LoRA: the share of the models' change that it takes away by itself."""
+        """Per LoRA: the share of what all are to carry, the models' distance to the hyper-model, that it takes away
+        by itself."""
         shares = []
         for i in range(self.count):
-            gain = 0.0
-            for _, inner, gram in self._problems():
+            gain = whole = 0.0
+            for energies, inner, gram in self._problems():
+                whole += float(energies.sum())
                 if float(gram[i, i]) > 0:
                     gain += float(inner[:, i].square().sum() / gram[i, i])
-            shares.append(_share(gain, self.total))
+            shares.append(_share(gain, whole))
         return shares
 
     def _problems(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

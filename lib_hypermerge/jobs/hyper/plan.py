@@ -21,11 +21,12 @@ from . import rests
 from .inputs import Inputs, Layer, open_inputs
 from .recipe import CONTAINER_SUFFIX, SUFFIX
 from .rests import Rest
+from .sketch import SLAB_BYTES, WITHIN_BYTES
 from .spec import CONTAINER, LAYERS, LORAS, MOST_LORAS, NONE, HyperSpec, full_count, ranks_of, weights_of
 from .work import mend, work_folder
 
 _ENTRY_BYTES = 470  # header text of one module's three tensors, as it is reserved
-_PROCESS_BYTES = 420 << 20  # Python with torch and what the workers keep, about
+_PROCESS_BYTES = 320 << 20  # Python with torch, about
 _CORES_BYTES = 384 << 20  # of cores that are held in memory; more are mapped from the work folder
 
 
@@ -177,10 +178,21 @@ class HyperPlan:
         return self.model_bytes + together
 
     @property
+    def bytes_per_worker(self) -> int:
+        """What one worker holds of its largest layer: differences, and what is left of them within the bases."""
+        most = 0
+        for layer in self.inputs.layers if not self.full else ():
+            n, k = layer.shape
+            q = width_for(self.total_rank, n, k, self.models)[1]
+            within = min(4 * self.models * n * q, WITHIN_BYTES)
+            most = max(most, 6 * q * k + within + 4 * self.models * n * self.total_rank)
+        return most + SLAB_BYTES
+
+    @property
     def expected_memory(self) -> int:
-        largest = max(layer.module.weight.numel for layer in self.inputs.layers if layer.module.weight)
+        largest = max(layer.module.weight.nbytes for layer in self.inputs.layers if layer.module.weight)
         cores = min(_CORES_BYTES, sum(map(self.cores_bytes, self.inputs.layers))) if not self.full else 0
-        return _PROCESS_BYTES + 4 * largest + cores
+        return _PROCESS_BYTES + max(4 * largest + 2 * self.bytes_per_worker, 2 * cores)
 
     def expected_seconds(self, device: str, threads: int) -> float:
         """A rough forecast of the run."""
@@ -248,7 +260,7 @@ def make_plan(spec: HyperSpec, host: Host) -> HyperPlan:
             least = (plan.per_rank * plan.itemsize + _ENTRY_BYTES * len(inputs.layers)) * (spec.count or 1)
             raise SpecError(
                 f"{spec.size:g} MiB are too little.",
-                f"{spec.count or 1} LoRAs of rank 1 take about {least / 2**20:.1f} MiB.", "Ask for more.",
+                f"Rank 1 in {spec.count or 1} of them takes about {least / 2**20:.1f} MiB.", "Ask for more.",
             )  # fmt: skip
         if not spec.preview:
             mend(plan.work_folder)

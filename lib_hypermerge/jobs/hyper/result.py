@@ -48,7 +48,7 @@ def report_of(
         "architecture": plan.inputs.template.title,
         "preview": spec.preview,
         "solver": DIRECTIONS if plan.full else spec.solver,
-        "residual_share": measures.residual_share,
+        "residual_share": recipe.residual_share,
         "multipliers": recipe.multipliers,
         "te_multipliers": recipe.te_multipliers,
         "loss": _loss(parts),
@@ -68,7 +68,7 @@ def report_of(
             for m, label in enumerate(labels)
         },
         "curve": measures.curve(sizes) if recipe.loras else [],
-        "alternatives": _alternatives(plan, parts, others, sum(sizes)),
+        "alternatives": _alternatives(plan, parts, others),
         "better": _better(parts, others),
         "rest_share": measures.rest_share,
         "container": _container(plan, measures, on_disk) if plan.writes_container else None,
@@ -84,9 +84,9 @@ def report_of(
         "threads": ran.threads,
         "resumed": ran.resumed,
     }
-    share = measures.residual_share if recipe.loras else measures.container()[0]
+    outputs = [Output(str(file.path), file.bytes, file.sha256) for file in written]
     return Report(
-        "hyper", [Output(str(file.path), file.bytes, file.sha256) for file in written], share**0.5,
+        "hyper", outputs, (recipe.residual_share or 0.0) ** 0.5,
         len(plan.inputs.layers), 0, 0, ran.warnings, time.perf_counter() - plan.begun, details,
     )  # fmt: skip
 
@@ -97,13 +97,12 @@ def _container(plan: HyperPlan, measures: Measures, on_disk: dict[str, int]) -> 
     return {"name": plan.container_output.name, "bytes": size, "residual_share": share, "models": models}
 
 
-def _alternatives(
-    plan: HyperPlan, parts: Sequence[Part], others: Sequence[Alternative], size: int
-) -> list[dict[str, Any]]:
-    """With the LoRAs themselves among them, all as the cores tell."""
+def _alternatives(plan: HyperPlan, parts: Sequence[Part], others: Sequence[Alternative]) -> list[dict[str, Any]]:
+    """With the LoRAs themselves among them, all as the cores tell; sizes are of the numbers alone, without headers."""
     if not others:
         return []
     solver, share = plan.spec.solver, residual_of(parts)
+    size = plan.itemsize * max(other.numbers for other in others)
     own = {"name": _NAMES[solver], "kind": solver, "bytes": size, "residual_share": share}
     rest = [
         {"name": _NAMES[o.kind], "kind": o.kind, "bytes": o.numbers * plan.itemsize, "residual_share": o.share}

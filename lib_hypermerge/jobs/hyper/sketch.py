@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from .stack import Stack
 
 _SLAB = 1 << 22  # numbers of all models that are multiplied at a time
 _CACHE = 192 << 20  # bytes of one layer's differences that a worker keeps for the second look at them
+SLAB_BYTES = _CACHE + (16 << 20)  # of differences and their pieces, at most
+WITHIN_BYTES = 256 << 20  # of all models' Δ·Vᵀ in one layer; where it is more, columns and cores take a look each
 _LOW_FROM = 1 << 18  # numbers in a layer from which cheap products pay
 _ROUNDING = 4e-14  # share of a layer's energy that the rounding of the mean leaves of models that are equal in it
 
@@ -66,34 +69,56 @@ class Sketcher:
         return Sketch(layer, None, torch.empty(M, 0, 0), gram, centre)
 
     def _sketch(self, layer: Layer, device: str, fell_back: bool) -> Sketch:
-        M, (n, k) = self.stack.models, layer.shape
+        M, k = self.stack.models, layer.shape[1]
         p, q = self.widths(layer)
         gram, centre = torch.zeros(M, M, dtype=torch.float64), 0.0
-        basis, low = None, torch.float32
-        if q < k:
-            if device == "cpu" and n * k >= _LOW_FROM and svd.native_bf16():
-                low = torch.bfloat16
-            omega = svd.gaussian(q, k, self.seed).mT.to(device, low).contiguous()
-            Z = torch.zeros(k, q, device=device)
-            for start, stop, slab, own_gram, own_centre in self._slabs(layer, low, device):
-                gram, centre = gram + own_gram, centre + own_centre
-                Y = slab @ omega
-                Z += (slab.mT @ Y).float() if stop - start < n else slab.mT @ Y
-            if not math.isfinite(float(gram.sum())):
-                return Sketch(layer, None, torch.empty(0), gram, centre)
-            basis = bases.row_basis(Z).to(self.dtype)
-        W = torch.empty(M, n, q, device=device)
-        V = None if basis is None else basis.to(device, low).mT.contiguous()
-        for start, stop, slab, own_gram, own_centre in self._slabs(layer, low, device, again=V is not None):
-            if V is None:
-                gram, centre = gram + own_gram, centre + own_centre
-            W[:, start:stop] = (slab if V is None else slab @ V).view(M, stop - start, q)
-        cores = bases.cores(W, p, self.seed + 1).cpu()
-        if float(gram.trace()) <= M * _ROUNDING * centre:
-            cores, gram = torch.zeros_like(cores), torch.zeros_like(gram)
+        low = torch.bfloat16 if self._cheap(layer, q, device) else torch.float32
+        omega = svd.gaussian(q, k, self.seed).mT.to(device, low).contiguous() if q < k else None
+        Z = torch.zeros(k, q, device=device)
+        for _, _, slab, own_gram, own_centre in self._slabs(layer, low, device):
+            gram, centre = gram + own_gram, centre + own_centre
+            if omega is not None:
+                Z += slab.mT @ (slab @ omega)
+        if not math.isfinite(float(gram.sum())):
+            return Sketch(layer, None, torch.empty(0), gram, centre)
+        basis = None if omega is None else bases.orthonormal(Z).to(self.dtype)
+        cores = self._cores(layer, basis, low, device, p, q).cpu()
         return Sketch(layer, None if basis is None else basis.cpu(), cores, gram, centre, fell_back)
 
-    def _slabs(self, layer: Layer, low: torch.dtype, device: str, again: bool = False):
+    def _cheap(self, layer: Layer, q: int, device: str) -> bool:
+        """Whether products in bfloat16 serve: they choose bases, and the last pass corrects what they blur."""
+        n, k = layer.shape
+        return q < k and device == "cpu" and n * k >= _LOW_FROM and svd.native_bf16()
+
+    def _cores(
+        self, layer: Layer, basis: torch.Tensor | None, low: torch.dtype, device: str, p: int, q: int
+    ) -> torch.Tensor:
+        """(M, p, q) from Δ_m·Vᵀ: held as a whole, or where all models' are too large, looked at twice more."""
+        M, n = self.stack.models, layer.shape[0]
+        V = None if basis is None else basis.to(device, low).mT.contiguous()
+
+        def within() -> Iterator[tuple[int, int, torch.Tensor]]:
+            for start, stop, slab, _, _ in self._slabs(layer, low, device, again=True):
+                yield start, stop, (slab if V is None else slab @ V).float().view(M, stop - start, q)
+
+        if 4 * M * n * q <= WITHIN_BYTES:
+            W = torch.empty(M, n, q, device=device)
+            for start, stop, rows in within():
+                W[:, start:stop] = rows
+            return bases.cores(W, p, self.seed + 1)
+        if p >= n:
+            columns = torch.eye(n, device=device)
+        else:
+            mixed = svd.gaussian(p, M * q, self.seed + 1).mT.to(device).view(M, q, p)
+            columns = bases.orthonormal(torch.cat([torch.bmm(rows, mixed).sum(0) for _, _, rows in within()]))
+        found = torch.zeros(M, len(columns), q, device=device)
+        for start, stop, rows in within():
+            found += columns[:, start:stop] @ rows
+        return found
+
+    def _slabs(
+        self, layer: Layer, low: torch.dtype, device: str, again: bool = False
+    ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, float]]:
         """(first row, last row, (M·rows, k) in `low`, Gram matrix, centre's squared norm); valid until the next.
 
         again: a second time for the same layer, directly after the first; what fits the cache is not read anew.

@@ -41,7 +41,7 @@ class Stack:
         for a, b, rows, centre in self._pieces(layer, start, stop):
             self._subtract(rows, centre, centre)
             gram += _gram(rows.view(M, -1))
-            energy += float(torch.dot(centre.view(-1), centre.view(-1)))
+            energy += float(_squares(centre.view(1, -1)))
             out[:, a - start : b - start].copy_(rows.view(M, b - a, k))
         return gram, energy
 
@@ -58,9 +58,7 @@ class Stack:
             again = self._buffers.get("rounded", centre.numel(), torch.float32).view(centre.shape)
             again.copy_(rounded.view(centre.shape))
             self._subtract(rows, centre, again)
-            for m in range(M):
-                flat = rows[m].reshape(-1)
-                energies[m] += float(torch.dot(flat, flat))
+            energies += _squares(rows.view(M, -1))
             out[:, a - start : b - start].copy_(rows.view(M, b - a, k))
         return energies
 
@@ -104,3 +102,8 @@ def _gram(flat: torch.Tensor) -> torch.Tensor:
     if whole < count:
         out += (flat[:, whole:] @ flat[:, whole:].mT).double()
     return out
+
+
+def _squares(flat: torch.Tensor) -> torch.Tensor:
+    """(M,) float64 sums of squares of (M, numbers) float32."""
+    return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square()
