@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 
 from ..errors import DeviceError
+
+T = TypeVar("T")
 
 # MPS and most CUDA libraries raise a plain RuntimeError
 _OUT_OF_MEMORY = re.compile(
@@ -45,6 +50,28 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
     elif device == "mps":
         torch.mps.empty_cache()
+
+
+def on_device(device: str, work: Callable[[str, bool], T]) -> T:
+    """work(device, False); should the device run out of memory, work("cpu", True)."""
+    try:
+        return work(device, False)
+    except RuntimeError as error:
+        if device == "cpu" or not is_out_of_memory(error):
+            raise
+    release(device)
+    return work("cpu", True)
+
+
+@contextlib.contextmanager
+def whole_float32() -> Iterator[None]:
+    """Products in float32 with all its digits: a WebUI may have allowed its graphics card to use ten of 23 bits."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def slowness() -> float:

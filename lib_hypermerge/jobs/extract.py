@@ -17,7 +17,7 @@ from ..files.metadata import lora_metadata, with_hashes
 from ..files.writer import SafetensorsWriter, Written, header_bytes
 from ..layouts.module import CONV, Module
 from . import extract_rests, extract_size
-from .devices import resolve_device
+from .devices import resolve_device, whole_float32
 from .extract_layers import LayerResult, LayerWork
 from .extract_measure import Measures
 from .extract_plan import ExtractPlan, make_plan, shifts_name
@@ -35,7 +35,8 @@ _SLACK = 512  # bytes of header for the measured figures in the recipe
 
 def run(plan: ExtractPlan, host: Host, context: Context) -> Report:
     """Carry out a plan. Raises Cancelled, NumericalError, UnchangedError, OutputError, InputChangedError."""
-    return _Extraction(plan, host, context).run()
+    with whole_float32():
+        return _Extraction(plan, host, context).run()
 
 
 class _Extraction:

@@ -10,7 +10,7 @@ import torch
 from ..algebra import rank as rank_rules
 from ..algebra import svd, svdiff
 from ..algebra.lowrank import Factors, Matrix, decompose, factorise
-from .devices import is_out_of_memory, release
+from .devices import on_device
 from .difference import Difference
 from .extract_plan import ExtractPlan
 from .pairing import Pair
@@ -71,13 +71,7 @@ class LayerWork:
         return self._on_device(pair, values)
 
     def _on_device(self, pair: Pair, work) -> LayerResult:
-        try:
-            return self._run(pair, work, self.device, False)
-        except RuntimeError as error:
-            if self.device == "cpu" or not is_out_of_memory(error):
-                raise
-        release(self.device)
-        return self._run(pair, work, "cpu", True)
+        return on_device(self.device, lambda device, fell_back: self._run(pair, work, device, fell_back))
 
     def _run(self, pair: Pair, work, device: str, fell_back: bool) -> LayerResult:
         assert pair.tuned.weight is not None and pair.base.weight is not None

@@ -13,7 +13,7 @@ from ...algebra.lowrank import check_range
 from ...algebra.products import times_transposed
 from ...files.dtypes import torch_dtype
 from ..buffers import Buffers
-from ..devices import is_out_of_memory, release
+from ..devices import on_device
 from .inputs import Layer
 from .stack import Stack
 
@@ -81,13 +81,7 @@ class Finisher:
         self._buffers = Buffers()
 
     def finish(self, job: Job) -> Finished:
-        try:
-            return self._finish(job, self.device, False)
-        except RuntimeError as error:
-            if self.device == "cpu" or not is_out_of_memory(error):
-                raise
-        release(self.device)
-        return self._finish(job, "cpu", True)
+        return on_device(self.device, lambda device, fell_back: self._finish(job, device, fell_back))
 
     def _finish(self, job: Job, device: str, fell_back: bool) -> Finished:
         if job.mix is not None:

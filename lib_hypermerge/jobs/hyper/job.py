@@ -17,7 +17,7 @@ from ...algebra.hyper.container import SharedCores, shared_cores
 from ...errors import NumericalError
 from ...files.dtypes import OUTPUT_DTYPES, torch_dtype
 from ...files.writer import check_room
-from ..devices import resolve_device
+from ..devices import resolve_device, whole_float32
 from ..host import Context, Host
 from ..report import Report
 from ..workers import map_in_order, plan_workers, torch_threads
@@ -46,6 +46,7 @@ _SKETCHED, _SOLVED = 0.5, 0.62  # shares of the progress
 def run(plan: HyperPlan, host: Host, context: Context) -> Report:
     """Carry out a plan. Raises Cancelled, NumericalError, OutputError, BusyError, InputChangedError."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(whole_float32())
         folder = plan.work_folder
         if plan.spec.preview:
             check_room(Path(tempfile.gettempdir()), "what a preview works on", plan.work_bytes)

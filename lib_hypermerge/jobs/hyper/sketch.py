@@ -11,7 +11,7 @@ import torch
 from ...algebra import svd
 from ...algebra.hyper import bases
 from ..buffers import Buffers
-from ..devices import is_out_of_memory, release
+from ..devices import on_device
 from .inputs import Layer
 from .stack import Stack
 
@@ -52,13 +52,7 @@ class Sketcher:
         return bases.width_for(self.total_rank, *layer.shape, self.stack.models)
 
     def sketch(self, layer: Layer) -> Sketch:
-        try:
-            return self._sketch(layer, self.device, False)
-        except RuntimeError as error:
-            if self.device == "cpu" or not is_out_of_memory(error):
-                raise
-        release(self.device)
-        return self._sketch(layer, "cpu", True)
+        return on_device(self.device, lambda device, fell_back: self._sketch(layer, device, fell_back))
 
     def gram(self, layer: Layer) -> Sketch:
         """The Gram matrix alone, which is all that LoRAs of any rank need."""
