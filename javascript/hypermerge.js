@@ -52,6 +52,10 @@ window.hypermerge = window.hypermerge || (() => {
         for (const tab of ["txt2img", "img2img"]) {
             root().querySelector(`#${tab}_lora_extra_refresh_internal`)?.click();
         }
+        // a checkpoint was written: the WebUI's list of them too, which keeps its choice
+        if (find(verb, "result")?.querySelector(".hypermerge-load")) {
+            root().querySelector("#refresh_sd_model_checkpoint")?.click();
+        }
     }
 
     async function poll(verb, id, anchor) {
