@@ -23,7 +23,7 @@ def text(report: Report) -> list[str]:
     lines = [("Preview, nothing was written. " if d["preview"] else "") + headline(report)]
     width = max(map(len, d["models"]))
     for model, error in errors(report).items():
-        lines.append(f"  {model:<{width}}  misses {percent(error):>7}  {d['prompts'].get(model, '')}".rstrip())
+        lines.append(f"  {model:<{width}}  misses {percent(error):>7}  {d['prompts'].get(model) or without(d)}")
     lines += [f"  {name}: {value}" for name, value in describe(report)]
     return lines
 
@@ -45,6 +45,13 @@ def errors(report: Report) -> dict[str, float]:
     """Model → what is missed of it (norm): by the LoRAs, or by the container where that stands alone."""
     d = report.details
     return d["models"] if d["loras"] else d["container"]["models"]
+
+
+def without(d: dict[str, Any]) -> str:
+    """What brings back a model that has no prompt."""
+    if not d["loras"]:
+        return "no prompt: Restore makes its LoRA from the container"
+    return "the hyper-model alone" if d["hyper"] else "the base alone"
 
 
 def describe(report: Report) -> list[tuple[str, str]]:
@@ -138,6 +145,10 @@ def fit_describe(report: Report) -> list[tuple[str, str]]:
             told += f"; worst block {worst} ({percent(part['blocks'][worst])})"
         rows.append((f"Error in {component}", told))
     rows.append(("Of the whole change outside the LoRAs' layers", f"{percent(d['rest_share'])} (squared)"))
+    if d["as_in_recipe"]:
+        rows.append(("Multipliers", "text encoders have their own, as in the recipe"))
+    if not d["prompt"]:
+        rows.append(("Prompt", "none: the hyper-model alone"))
     return rows
 
 

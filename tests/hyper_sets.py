@@ -88,7 +88,7 @@ def make_set(
     made = Recipe(
         hyper=hyper.name, loras=[path.stem for path in loras], multipliers=MULTIPLIERS,
         te_multipliers=TE_MULTIPLIERS if separate else None, models={"anna": 0.1, "bert": 0.2, "carl": 0.3},
-        ranks=list(ranks), **recipe,
+        ranks=list(ranks), **{"residual_share": 0.04, **recipe},
     )  # fmt: skip
     save_file(weights, hyper, {"format": "pt", "hypermerge": made.text()})
     return HyperSet(folder, hyper, tuple(loras), made)

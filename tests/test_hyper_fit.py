@@ -127,6 +127,19 @@ def test_multipliers_and_errors_are_those_of_a_dense_fit(sets, tmp_path, family,
             assert stated == pytest.approx(expected, rel=1e-4)
 
 
+def test_multipliers_are_separate_where_the_recipes_are(tmp_path):
+    made = make_set(tmp_path, "sd15", separate=True)
+    model, unet, te = tmp_path / "x.safetensors", {"fam-1": 0.5, "fam-2": -0.25}, {"fam-1": -0.125, "fam-2": 1.0}
+    save_file(tuned(made, unet, te, 0.0), model)
+    report = run(made, model)
+    assert report["as_in_recipe"] and report["relative_error"] < 1e-6
+    assert report["te_multipliers"] == pytest.approx(te, abs=1e-6)
+    assert "as in the recipe" in run_cli(["fit", "--quiet", "--hyper", made.hyper, "--model", model]).stdout
+    assert not run(made, model, "--separate-te")["as_in_recipe"]
+    named = run(made, model, "--lora", *made.loras)  # without the recipe
+    assert named["te_multipliers"] is None and not named["as_in_recipe"]
+
+
 def test_a_model_within_reach_is_met_exactly(sets, tmp_path):
     made, model = sets["sd15"], tmp_path / "x.safetensors"
     weights = {"fam-1": 0.125, "fam-2": -0.7}
@@ -143,7 +156,8 @@ def test_an_identical_model_needs_no_lora(sets, tmp_path):
     report = run(made, made.hyper)
     assert report["multipliers"] == {"fam-1": 0.0, "fam-2": 0.0} and report["relative_error"] == 0
     assert report["prompt"] == "" and any("equals" in text for text in report["warnings"])
-    assert run_cli(["fit", "--quiet", "--hyper", made.hyper, "--model", made.hyper]).returncode == 0
+    result = run_cli(["fit", "--quiet", "--hyper", made.hyper, "--model", made.hyper])
+    assert result.returncode == 0 and "Prompt: none: the hyper-model alone" in result.stdout
 
 
 def test_what_lies_outside_lora_layers_is_told(sets, tmp_path):

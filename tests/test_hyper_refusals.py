@@ -305,8 +305,9 @@ def test_the_same_model_twice(files):
     link.symlink_to(a)
     inputs = opened([a, b, a, link])
     assert inputs.labels == ["a", "b", "a (2)", "link"]
-    (said,) = inputs.warnings
-    assert said.startswith("a and a (2) and link are the same file") and "dependent" in said
+    assert inputs.warnings == [
+        "a and a (2) and link are the same file: their multipliers are the same, and it counts 3 times in the mean."
+    ]
     inputs.close()
 
 
@@ -321,6 +322,53 @@ def test_a_model_that_is_the_base(files):
     a, b = files.two()
     (said,) = warned([a, b], a)
     assert said == "a is the base itself: it changes nothing, and its multipliers are 0."
+    (said,) = warned([a, b, a], a)
+    assert said == "a and a (2) are the base itself: they change nothing, and their multipliers are 0."
+
+
+@pytest.mark.parametrize("ranks", ["1", "1,1"])
+def test_models_that_are_all_one(files, ranks):
+    a, _ = files.two()
+    (said,) = warned([a, a, a], ranks=ranks)
+    assert said == "All models are the same file: there is nothing to tell apart, and all multipliers are 0."
+    (said,) = warned([a, a], a, ranks=ranks)
+    assert said.startswith("All models are the base itself")
+
+
+PARTS = {"te": "cond_stage_model", "vae": "first_stage_model", "layer": ATTENTION}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_most_complete_model_is_the_template_in_any_order(files, part):
+    whole, poor = files.model("whole.safetensors"), files.model("poor.safetensors", seed=2, without=PARTS[part])
+    told = []
+    for models in ([poor, whole], [whole, poor], [poor, whole, files.model("more.safetensors", seed=3)]):
+        inputs = opened(models)
+        assert inputs.template.file.path == whole
+        assert inputs.labels == [path.stem for path in models]  # in their own order
+        told.append(inputs.warnings)
+        inputs.close()
+    assert told[0] == told[1] == told[2] and not any("by itself" in text for text in told[0])
+
+
+def test_a_base_is_the_template_however_little_it_has(files):
+    base, models = files.model("base.safetensors", without="first_stage_model"), files.two()
+    (said,) = warned(models, base)
+    assert said == (
+        "The hyper-model will have no VAE, as base.safetensors, the base, has none: a WebUI does not load it by itself."
+    )
+    assert warned(models, base, loras_only=True) == []
+
+
+def test_a_hyper_model_that_no_webui_loads_alone(files):
+    """One lacks the text encoder, the other the VAE."""
+    without_te = files.model("a.safetensors", without="cond_stage_model")
+    without_vae = files.model("b.safetensors", seed=2, without="first_stage_model")
+    said = warned([without_te, without_vae])
+    assert any("no VAE, as b.safetensors, the most complete model, has none" in text for text in said)
+    neither = [files.model(f"{i}.safetensors", seed=i, without="stage_model") for i in (1, 2)]
+    (said,) = warned(neither)
+    assert said.startswith("The hyper-model will have no text encoder and no VAE, as 1.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -374,16 +422,11 @@ def test_a_component_that_one_lacks(files):
 
 def test_layers_that_one_lacks(files):
     a, b = files.model("a.safetensors"), files.model("b.safetensors", **{ATTENTION: None})
-    inputs = opened([a, b])
-    assert len(inputs.warnings) == 1 and "1 layers are not in all models (unet.input_blocks.4.1" in inputs.warnings[0]
-    keys = {layer.key for layer in inputs.layers}
-    inputs.close()
-    inputs = opened([b, a])
-    assert (
-        len(inputs.warnings) == 1 and "1 layers are not in b.safetensors (unet.input_blocks.4.1" in inputs.warnings[0]
-    )
-    assert {layer.key for layer in inputs.layers} == keys
-    inputs.close()
+    for models in ([a, b], [b, a]):
+        (said,) = warned(models)
+        assert "1 layers are not in all models (unet.input_blocks.4.1" in said
+    (said,) = warned([a, files.model("c.safetensors", seed=3)], b)
+    assert "1 layers are not in b.safetensors (unet.input_blocks.4.1" in said
 
 
 def test_zero_terminal_snr_of_one(files):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lib_hypermerge.files.together import publish_together
 from lib_hypermerge.hosts.standalone import PathHost
 from lib_hypermerge.jobs.hyper import remainders
 from lib_hypermerge.jobs.hyper.inputs import open_inputs
+from lib_hypermerge.jobs.hyper.remainders import Remainder
 from lib_hypermerge.jobs.hyper.rest_values import RestValues
 from lib_hypermerge.jobs.hyper.rests import MEASURED, plan_rests
 from lib_hypermerge.jobs.hyper.spec import HyperSpec
@@ -119,6 +121,18 @@ def test_what_is_rounded_away_is_not_written_and_nothing_is_no_file(tmp_path, fa
     made, restored, _ = make(tmp_path, save(tmp_path, alike), remainders="all")
     assert made == {} and restored == {}
     assert {name for name in listing(tmp_path) if "-rest" in name or "part" in name} == set()
+
+
+def test_models_without_a_file_are_told(tmp_path):
+    def told(labels: str, kind: str) -> list[str]:
+        spec = HyperSpec.from_json({"models": ["x", "y"], "name": "x", "ranks": "2", "remainders": kind})
+        made = [Remainder(label, tmp_path / label, None) for label in labels]
+        return remainders.note(made, SimpleNamespace(labels=list(LABELS)), spec)
+
+    assert told("", "none") == told("abc", "all") == []
+    assert told("b", "norms") == ["No remainder file for a and c, whose norms are those of the hyper-model."]
+    (said,) = told("", "all")
+    assert said.startswith("No remainder files: the models' norms and biases are those of the hyper-model")
 
 
 def test_the_model_that_the_rest_was_taken_from_needs_none(tmp_path, family):

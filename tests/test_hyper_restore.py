@@ -111,6 +111,8 @@ def test_a_model_as_a_checkpoint(sets, tmp_path, family):
     assert report["kind"] == "checkpoint" and report["model"] == "bert" and report["hyper"] == "fam.safetensors"
     assert report["multipliers"] == weights and report["te_multipliers"] is None
     assert report["expected_error"] == 0.2 and report["relative_error"] is None
+    names = {name for name, *_ in made.layers()}  # each once, though both LoRAs change it
+    assert sum(report["components"].values()) == report["modules"] == len(names)
 
 
 def test_a_checkpoint_is_what_merging_the_prompt_gives(sets, tmp_path):

@@ -88,6 +88,7 @@ def test_a_model_as_one_lora_needs_no_hyper_model(made, tmp_path):
     assert_close(lora_deltas(tmp_path / "o.safetensors"), changes["bert"], 1e-6)
     assert report["container"] == "fam.hypermerge" and report["hyper"] == "fam.safetensors"
     assert report["prompt"] == "<lora:o:1>" and report["relative_error"] < 1e-6
+    assert report["architecture"] == "Stable Diffusion 1" and report["expected_error"] == 0.2
     with safe_open(tmp_path / "o.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_output_name"] == "o" and metadata["ss_sd_model_name"] == "fam.safetensors"
@@ -125,6 +126,20 @@ def test_a_model_as_a_checkpoint(made, tmp_path):
     assert report["remainder"] == "fam-carl-rest" and report["kind"] == "checkpoint"
     one = run(tmp_path / "l", "--hyper", start.hyper, "--model", "carl", "--as", "lora")
     assert one["prompt"] == "<lora:l:1><lora:fam-carl-rest:1>"
+
+
+def test_beside_loras_the_error_is_the_containers_own(made, tmp_path):
+    start, _ = made
+    box = tmp_path / "both.hypermerge"
+    loras = replace(
+        start.recipe, loras=["x"], multipliers={label: {"x": 1.0} for label in LABELS}, container=box.name,
+        container_models={label: 0.015 for label in LABELS}, remainders={},
+    )  # fmt: skip
+    stated = Stated(LABELS, "fam.safetensors", SD1.base)
+    for recipe, error in ((loras, 0.015), (replace(loras, container_models=None), None)):
+        save_file(load_file(start.folder / "fam.hypermerge"), box, container_metadata(stated, recipe))
+        report = run(tmp_path / "o", "--container", box, "--model", "bert", "--as", "lora", "--overwrite")
+        assert report["expected_error"] == error
 
 
 def test_what_cannot_be_restored(made, tmp_path):

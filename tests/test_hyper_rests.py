@@ -251,7 +251,7 @@ def test_of_different_vaes_the_first_is_taken_and_said_so(tmp_path, family):
     paths = save(tmp_path, models)
     found, warnings = look(paths)
     assert torch.equal(found[VAE][1].tensor, models[0][VAE])
-    assert len(warnings) == 1 and "b by 5 %" in warnings[0] and warnings[0].endswith("that of a.")
+    assert len(warnings) == 1 and "b by 5.0 %" in warnings[0] and warnings[0].endswith("that of a.")
     found, warnings = look(paths, vae_from=paths[1])
     assert not warnings and torch.equal(found[VAE][1].tensor, models[1][VAE])
 
@@ -281,7 +281,17 @@ def test_a_vae_or_rest_that_cannot_be_taken(tmp_path, family):
             look(paths, **options)
     save_checkpoint(paths[2], {key: w for key, w in models[2].items() if not is_vae(key)})
     with pytest.raises(SpecError, match="so the hyper-model has none"):
-        look([paths[2], paths[0]], vae_from=paths[0])
+        look([paths[0], paths[1]], base=paths[2], vae_from=paths[0])
+    look([paths[2], paths[0]], vae_from=paths[0])  # in any order
+
+
+def test_formats_are_kept_as_in_the_first_model_though_another_is_more_complete(tmp_path, family):
+    poor = {key: w for key, w in family[0].items() if not is_vae(key)}
+    paths = save(tmp_path, [poor, family[1]], (torch.float16, torch.float32))
+    found, _ = look(paths)
+    assert found[TOKENS][1].tensor.dtype == torch.float16 and found[VAE][1].tensor.dtype == torch.float32
+    found, _ = look(paths[::-1])
+    assert found[TOKENS][1].tensor.dtype == torch.float32 and found[VAE][1].tensor.dtype == torch.float32
 
 
 # --- damage -------------------------------------------------------------------------------------------------

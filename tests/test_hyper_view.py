@@ -38,7 +38,8 @@ def fit_report() -> Report:
         "loras": [{"name": name, "modules": 354, "families": {"LoRA": 354}, "unmatched": 0} for name in names],
         "components": {part: {"relative_error": 0.2, "share_of_change": 0.5, "blocks": dict.fromkeys(blocks, 0.2)}
                        for part, blocks in BLOCKS.items()},
-        "prompt": "<lora:family-1:0.25:0.5><lora:family-2:0.25:0.5>", "device": "cpu", "threads": 1,
+        "as_in_recipe": False, "prompt": "<lora:family-1:0.25:0.5><lora:family-2:0.25:0.5>", "device": "cpu",
+        "threads": 1,
     }  # fmt: skip
     return Report("fit", [], 0.2, 354, warnings=[EVIL], details=details)
 
@@ -97,6 +98,17 @@ def test_a_container_alone_has_no_prompts() -> None:
     assert "77.7 %" in report_html(report)
     with pytest.raises(SpecError, match="no prompts"):
         styles_of(report)
+
+
+@pytest.mark.parametrize(
+    ("hyper", "words"), [("family.safetensors", "the hyper-model alone"), (None, "the base alone")]
+)
+def test_a_model_without_a_prompt_is_what_the_loras_are_for(hyper, words) -> None:
+    report = hyper_report(2)
+    report.details["prompts"]["model-b"], report.details["hyper"] = "", hyper
+    (line,) = (line for line in as_text(report).splitlines() if line.strip().startswith("model-b"))
+    assert line.endswith(words)
+    assert f"<td>{words}</td>" in report_html(report)
 
 
 def test_multipliers_of_text_encoders_are_drawn_too() -> None:

@@ -4,9 +4,11 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,6 +287,21 @@ def test_too_little_space_is_told_beforehand(tmp_path):
         check_target(tmp_path / "out.safetensors", 1 << 60, False)
     assert "1,099,511,627,776 MiB" in str(caught.value)
     assert "are free" in str(caught.value)
+
+
+def test_a_folder_on_no_disk(tmp_path, monkeypatch):
+    """As /proc is, which tells of no space at all; a disk that tells nothing may take files all the same."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=0, used=0, free=0))
+    check_target(tmp_path / "out.safetensors", 1 << 20, False)
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(**_):
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OutputError, match="cannot be written to") as caught:
+        check_target(tmp_path / "out.safetensors", 1 << 20, False)
+    assert "too full" not in str(caught.value)
 
 
 # --- Windows, whose renames neither replace a file nor touch one that is open --------------------------------

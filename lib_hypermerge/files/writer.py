@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +45,15 @@ def check_room(folder: Path, name: str, needed_bytes: int) -> None:
     """OutputError if a folder cannot be written to or its disk is too small for what is to be called `name`."""
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"The folder {folder} cannot be written to.", "It is read-only for this user.")
-    free = shutil.disk_usage(folder).free
+    usage = shutil.disk_usage(folder)
+    if usage.total == 0:  # a disk that does not tell, or no disk, such as /proc
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            why = f"{error.strerror}: it is not on a disk that takes files."
+            raise OutputError(f"The folder {folder} cannot be written to.", why, "Choose another folder.") from None
+        return
+    free = usage.free
     if free < needed_bytes:
         raise OutputError(
             f"The disk is too full for {name}.",

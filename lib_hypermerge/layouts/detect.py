@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..errors import LayoutError
 from ..files.dtypes import FLOATS
+from ..files.metadata import BaseModel
 from ..files.source import TensorFile, TensorInfo
 from .flux import FLUX
 from .module import (
@@ -125,6 +126,19 @@ def _prefix(table: ComponentTable, names: Iterable[str]) -> str | None:
 
 def _lookup(prefix: str, names: Mapping[str, TensorInfo]) -> Lookup:
     return lambda path: names.get(prefix + path)
+
+
+def title_of(base: BaseModel) -> str:
+    """An architecture as people call it, from what metadata calls it; that itself if it is none of these."""
+    for architecture in ARCHITECTURES:
+        titles = {
+            own: architecture.titles.get(variant, architecture.title) for variant, own in architecture.bases.items()
+        }
+        titles[architecture.base] = architecture.title
+        found = next((title for own, title in titles.items() if own.architecture == base.architecture), None)
+        if found is not None:
+            return found
+    return base.architecture
 
 
 def _architecture(file: TensorFile) -> Architecture:

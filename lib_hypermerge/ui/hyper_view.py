@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..jobs.report import Report
-from ..render_hyper import describe, errors, headline
+from ..render_hyper import describe, errors, headline, without
 from ..words import mib, percent
 from . import html
 from .hyper_plots import blocks_picture, course_picture, multipliers_picture
@@ -60,7 +60,7 @@ def _models(report: Report) -> str:
 def _prompt(d: dict[str, Any], model: str, index: int) -> str:
     text = d["prompts"].get(model, "")
     if not text:
-        return "the hyper-model alone" if d["loras"] else "none: Restore makes its LoRA from the container"
+        return without(d)
     code = f'<code id="hypermerge_hyper_prompt_{index}">{escape(text)}</code>'
     if d["preview"]:  # no LoRA of that name is there
         return code

@@ -35,7 +35,8 @@ def align(models: Sequence[Model]) -> Alignment:
         having = [model for model in models if model.components.get(table.id)]
         if not having:
             continue
-        lacking = [name for name, model in zip(names, models, strict=True) if model not in having]
+        without = (name for name, model in zip(names, models, strict=True) if model not in having)
+        lacking = list(dict.fromkeys(without))  # a model may be the base too
         if lacking and table is models[0].architecture.components[0]:
             raise LayoutError(
                 f"{lacking[0]} has no {table.title}.", "The others have one.", "Choose whole checkpoints."

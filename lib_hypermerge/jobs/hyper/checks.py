@@ -13,6 +13,7 @@ from .align import few, file_names
 from .lora_source import LoraSource
 from .sources import CheckpointSource
 from .spec import HyperSpec, full_count, ranks_of
+from .template import lacking
 
 if TYPE_CHECKING:
     from .inputs import Inputs
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _ALWAYS_SMALL = 2  # layers: a UNet's first and last convolution have few channels
 _FORMATS = {stored: name for name, stored in (OUTPUT_DTYPES | EIGHT_BITS).items()}
 _ZERO_SNR = "ztsnr"
+_TIMES = {2: "twice"}
 
 
 def refuse(inputs: Inputs) -> None:
@@ -69,6 +71,7 @@ def warnings(inputs: Inputs, spec: HyperSpec) -> list[str]:
     """One sentence each."""
     return [
         *_repeated(inputs),
+        *_incomplete(inputs, spec),
         *_members(inputs),
         *_mixed_formats(inputs),
         *_other_bases(inputs),
@@ -87,16 +90,36 @@ def _independent(inputs: Inputs) -> int:
 
 
 def _repeated(inputs: Inputs) -> list[str]:
-    out, told = [], set()
-    for i, source in enumerate(inputs.sources):
-        if inputs.base is not None and source.file.is_same(inputs.base.file):
-            out.append(f"{source.label} is the base itself: it changes nothing, and its multipliers are 0.")
-        same = [other.label for other in inputs.sources[i + 1 :] if other.file.is_same(source.file)]
-        if same and source.label not in told:
-            out.append(f"{source.label} and {' and '.join(same)} are the same file: their multipliers become dependent"
-                       f"{', and it counts so many times in the mean' if inputs.base is None else ''}.")  # fmt: skip
-        told.update(same)
+    """Models that are one file, or the base; each is told once. Where all are one, that is told."""
+    if _independent(inputs) == 0:
+        what = "the base itself" if inputs.base is not None else "the same file"
+        return [f"All models are {what}: there is nothing to tell apart, and all multipliers are 0."]
+    out, left = [], list(inputs.sources)
+    if inputs.base is not None:
+        same = [source.label for source in left if source.file.is_same(inputs.base.file)]
+        if len(same) == 1:
+            out.append(f"{same[0]} is the base itself: it changes nothing, and its multipliers are 0.")
+        elif same:
+            out.append(f"{' and '.join(same)} are the base itself: they change nothing, and their multipliers are 0.")
+        left = [source for source in left if source.label not in same]
+    while left:
+        same = [source for source in left if source.file.is_same(left[0].file)]
+        if len(same) > 1:
+            labels, times = " and ".join(source.label for source in same), _TIMES.get(len(same), f"{len(same)} times")
+            counts = f", and it counts {times} in the mean" if inputs.base is None else ""
+            out.append(f"{labels} are the same file: their multipliers are the same{counts}.")
+        left = [source for source in left if source not in same]
     return out
+
+
+def _incomplete(inputs: Inputs, spec: HyperSpec) -> list[str]:
+    """A hyper-model that no WebUI loads by itself."""
+    lacks = lacking(inputs.template)
+    if not lacks or spec.loras_only or not inputs.models:
+        return []
+    name, which = inputs.template.file.path.name, "the base" if inputs.base is not None else "the most complete model"
+    return [f"The hyper-model will have no {' and no '.join(lacks)}, as {name}, {which}, has none: a WebUI does not "
+            "load it by itself."]  # fmt: skip
 
 
 def _members(inputs: Inputs) -> list[str]:
@@ -108,6 +131,7 @@ def _members(inputs: Inputs) -> list[str]:
         out.append(f"The models are of several kinds whose layers are alike: {', '.join(titles)}.")
     marked = [model.file.path.name for model in models if _ZERO_SNR in model.file.tensors]
     if 0 < len(marked) < len(models):
+        marked = list(dict.fromkeys(marked))
         out.append(f"Only {few(marked)} is marked for zero terminal SNR; no LoRA carries that.")
     return out + _unsaid_predictions(inputs)
 
@@ -162,7 +186,7 @@ def _stem(name: str) -> str:
 def _too_many(inputs: Inputs, spec: HyperSpec) -> list[str]:
     most = _independent(inputs)
     count = spec.count if spec.size is not None else len(ranks_of(spec.ranks)) or full_count(spec.ranks)
-    if count is None or count <= most:
+    if count is None or count <= most or most == 0:  # that nothing differs is told already
         return []
     return [f"{count} LoRAs for {len(inputs.sources)} models: the multipliers of more than {most} depend on each "
             "other; the smallest are taken (pseudo-inverse)."]  # fmt: skip

@@ -44,11 +44,11 @@ class _Fit:
     def run(self) -> Report:
         self.context.progress(0.0, "comparing")
         blocks = self._blocks(wide=False)
-        chosen = _multipliers(blocks, self.plan.spec.separate_te, len(self.plan.loras))
+        chosen = _multipliers(blocks, self.plan.separate_te, len(self.plan.loras))
         energy = sum(sums.energy for sums in blocks.values())
         if energy > 0 and _error2(blocks, chosen) < _PRECISE_BELOW * energy:
             blocks = self._blocks(wide=True)
-            chosen = _multipliers(blocks, self.plan.spec.separate_te, len(self.plan.loras))
+            chosen = _multipliers(blocks, self.plan.separate_te, len(self.plan.loras))
         rest = self._rest_energy()
         self.plan.check_unchanged()
         return self._report(blocks, chosen, rest)
@@ -99,7 +99,7 @@ class _Fit:
         plan, energy = self.plan, sum(sums.energy for sums in blocks.values())
         count, error = len(plan.loras), _error2(blocks, chosen)
         weights = _by_name(plan.labels, chosen["unet"])
-        te = _by_name(plan.labels, chosen["te"]) if plan.spec.separate_te else None
+        te = _by_name(plan.labels, chosen["te"]) if plan.separate_te else None
         if energy == 0:
             self.warnings.append("The model equals the hyper-model in every layer that a LoRA reaches: all are 0.")
         elif error > 0.999 * energy:
@@ -123,6 +123,7 @@ class _Fit:
             ],
             "multipliers": weights,
             "te_multipliers": te,
+            "as_in_recipe": plan.as_in_recipe,
             "residual_share": error / energy if energy else 0.0,
             "rank": rank,
             "components": _by_component(blocks, chosen, energy),
@@ -140,7 +141,7 @@ class _Fit:
     def _parts(self, blocks: _Blocks) -> list[list[Sums]]:
         """The sums that have multipliers of their own, as far as a LoRA reaches them."""
         parts = [list(blocks.values())]
-        if self.plan.spec.separate_te:
+        if self.plan.separate_te:
             parts = [[s for key, s in blocks.items() if (key[0] == "unet") == unet] for unet in (True, False)]
         return [part for part in parts if any(s.gram.any() for s in part)]
 

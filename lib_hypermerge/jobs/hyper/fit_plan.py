@@ -28,7 +28,8 @@ _MARKERS = {"v_pred": "v-prediction", "ztsnr": "zero terminal SNR"}
 class FitPlan:
     """Holds all files open; use as a context or close() it.
 
-    uses: layer → the modules that change it.  idle: modules that take no part, by reason.
+    uses: layer → the modules that change it.  idle: modules that take no part, by reason.  as_in_recipe: whether
+    text encoders have multipliers of their own for the recipe's sake.
     """
 
     spec: FitSpec
@@ -39,6 +40,7 @@ class FitPlan:
     uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))
     idle: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     warnings: list[str] = field(default_factory=list)
+    as_in_recipe: bool = False
     begun: float = field(default_factory=time.perf_counter)
 
     def __enter__(self) -> FitPlan:
@@ -52,6 +54,11 @@ class FitPlan:
         self.model.file.close()
         for lora in self.loras:
             lora.close()
+
+    @property
+    def separate_te(self) -> bool:
+        """Whether text encoders have multipliers of their own."""
+        return self.spec.separate_te or self.as_in_recipe
 
     @property
     def labels(self) -> list[str]:
@@ -141,6 +148,7 @@ def _lora_paths(plan: FitPlan, host: Host) -> list[Path]:
     found = find_recipe(spec.recipe, file, host)
     if found.path != file.path and found.recipe.hyper != file.path.name:
         plan.warnings.append(f"The recipe is of {found.recipe.hyper}; here it is used with {file.path.name}.")
+    plan.as_in_recipe = found.recipe.te_multipliers is not None and not plan.spec.separate_te
     if not found.recipe.loras:
         raise SpecError(
             f"The recipe in {found.path.name} has no LoRAs.", "Its models are in a container.",

@@ -22,6 +22,7 @@ class FitSpec(Spec):
     model: str = param(CHECKPOINT, "Model", "The checkpoint to come near to, of the same family.")
     loras: tuple[str, ...] = param(FILES, LORAS_LABEL, LORAS_HELP, (), optional=True, flag="lora")
     separate_te: bool = param(
-        FLAG, "Multipliers of their own for text encoders", "Comes closer; a prompt then has two numbers a LoRA.", False
-    )
+        FLAG, "Multipliers of their own for text encoders",
+        "Comes closer; a prompt then has two numbers a LoRA. Where the recipe has them, fit has them too.", False,
+    )  # fmt: skip
     recipe: str | None = param(TEXT, RECIPE_LABEL, RECIPE_HELP, None, optional=True, advanced=True)

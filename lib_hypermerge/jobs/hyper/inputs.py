@@ -18,6 +18,7 @@ from .align import align
 from .lora_source import LoraSource, open_source
 from .sources import CheckpointSource, Layer, Source
 from .spec import HyperSpec
+from .template import most_complete
 
 __all__ = ["CheckpointSource", "Inputs", "Layer", "LoraSource", "Source", "blame", "open_inputs"]
 
@@ -28,7 +29,7 @@ _SLAB = 1 << 20  # numbers at a time
 class Inputs:
     """Holds all files open; close() it.
 
-    template: the base if there is one, else the first checkpoint; its names are those of the hyper-model.
+    template: the base if there is one, else the most complete checkpoint; its names are those of the hyper-model.
     models: those of the sources that are checkpoints, in order.  layers: every weight that a LoRA reaches and that
     all models have, in the order of the template's file; of LoRAs alone, what one of them changes.
     """
@@ -68,7 +69,7 @@ def open_inputs(spec: HyperSpec, host: Host) -> Inputs:
             sources.append(_open_one(name, host, base))
         for source, label in zip(sources, unique_labels([_stem(source.path) for source in sources]), strict=True):
             source.label = label
-        template = base or next(s.model for s in sources if isinstance(s, CheckpointSource))
+        template = base or most_complete([s.model for s in sources if isinstance(s, CheckpointSource)])
         out = Inputs(template, base, sources)
         found = align([template, *(model for model in out.models if model is not template)])
         out.layers, out.warnings = found.layers, found.warnings

@@ -15,10 +15,11 @@ from ...errors import NumericalError
 from ...files.dtypes import OUTPUT_DTYPES, torch_dtype
 from ...files.metadata import lora_metadata, with_hashes
 from ...files.writer import SafetensorsWriter, header_bytes
+from .align import few
 from .inputs import Inputs
 from .rest_values import RestValues
 from .rests import BIAS, NORM, Rest
-from .spec import ALL, HyperSpec
+from .spec import ALL, NONE, NORMS, HyperSpec
 
 _WIDEST = 10**12  # an offset that no such file reaches
 _SLACK = 256  # bytes of header for what is measured last
@@ -83,6 +84,19 @@ def make(
         raise
     _abort([one for one in made if not one.modules])
     return [one for one in made if one.modules]
+
+
+def note(remainders: Sequence[Remainder], inputs: Inputs, spec: HyperSpec) -> list[str]:
+    """What to say where remainder files were asked for and some or all models have none."""
+    if spec.remainders == NONE:
+        return []
+    have = {remainder.label for remainder in remainders}
+    without = [label for label in inputs.labels if label not in have]
+    what = "norms" if spec.remainders == NORMS else "norms and biases"
+    if not have:
+        return [f"No remainder files: the models' {what} are those of the hyper-model, or closer to them than the "
+                "files' number format tells."]  # fmt: skip
+    return [f"No remainder file for {few(without)}, whose {what} are those of the hyper-model."] if without else []
 
 
 def _abort(remainders: Sequence[Remainder]) -> None:

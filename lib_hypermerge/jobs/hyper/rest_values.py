@@ -10,6 +10,7 @@ import torch
 
 from ...errors import NumericalError
 from ...files.dtypes import ITEMSIZE, torch_dtype
+from ...words import percent
 from .inputs import Inputs
 from .rests import FIXED, MEASURED, VAE, Origin, Rest
 from .spec import HyperSpec, weights_of
@@ -69,7 +70,7 @@ class RestValues:
         far = {m: math.sqrt(d / whole) for m, d in apart.items() if d > _ALIKE**2 * whole > 0}
         if far:
             labels = self.inputs.labels
-            shown = ", ".join(f"{labels[m]} by {100 * share:.2g} %" for m, share in far.items())
+            shown = ", ".join(f"{labels[m]} by {percent(share)}" for m, share in far.items())
             self.warnings.append(
                 f"The models have different VAEs ({shown}), whose mean would be none: the hyper-model has that of "
                 f"{labels[first]}."

@@ -36,7 +36,10 @@ def run(plan: RestorePlan, host: Host, context: Context) -> Report:
         report, hyper = _write_lora(inner, host, context), inner.hyper
     report.verb = "restore"
     report.warnings[:0] = wanted.warnings
-    report.details |= {"kind": plan.spec.kind, "hyper": hyper, **wanted.to_json()}
+    report.modules = sum(plan.components.values())
+    report.details |= {
+        "kind": plan.spec.kind, "hyper": hyper, "components": plan.components, **wanted.to_json(),
+    }  # fmt: skip
     if isinstance(inner, ContainerPlan) and wanted.remainder:
         report.details["prompt"] += snippet({wanted.remainder: 1.0})
     return report

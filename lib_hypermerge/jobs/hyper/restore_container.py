@@ -19,6 +19,7 @@ from ...errors import UnchangedError
 from ...files.dtypes import ITEMSIZE, OUTPUT_DTYPES
 from ...files.metadata import lora_metadata, with_hashes
 from ...files.writer import check_target, header_bytes
+from ...layouts.detect import title_of
 from ..checkpoint_formats import KEEP
 from ..host import Host
 from ..outputs import refuse_inputs
@@ -59,7 +60,7 @@ class ContainerPlan:
 
     @property
     def title(self) -> str:
-        return self.container.stated.base.architecture
+        return title_of(self.container.stated.base)
 
     @property
     def hyper(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -95,11 +96,30 @@ class RestorePlan:
     def close(self) -> None:
         self.inner.close()
 
+    @property
+    def components(self) -> dict[str, int]:
+        """How many modules of each component are changed; one that several LoRAs change counts once."""
+        if not isinstance(self.inner, MergePlan):
+            return self.inner.components
+        changed = {
+            (target.module.component, target.module.path)
+            for lora, term in zip(self.inner.loras, self.inner.spec.loras, strict=True)
+            for entry, target in lora.resolution.targets
+            if entry.key not in lora.idle and _strength(term, target.module.component)
+        }
+        found = Counter(component for component, _ in changed)
+        return {component: found[component] for component in self.inner.applied}
+
     def to_json(self, host: Host) -> dict[str, Any]:
         """What the forecast shows."""
-        table = self.inner.to_json(host)
+        components = self.components
+        table = {**self.inner.to_json(host), "modules": sum(components.values()), "components": components}
         told = {key: value for key, value in self.wanted.to_json().items() if value is not None}
         return {**table, "verb": "restore", **told, "warnings": [*self.wanted.warnings, *table["warnings"]]}
+
+
+def _strength(term: WeightedLora, component: str) -> float:
+    return term.weight if component == "unet" or term.te_weight is None else term.te_weight
 
 
 def make_plan(spec: RestoreSpec, host: Host) -> RestorePlan:
@@ -219,9 +239,10 @@ def _of_container(spec: RestoreSpec, path: Path, file: TensorFile | None, host: 
 
 
 def _told(container: Container, label: str) -> tuple[str | None, float | None]:
-    """(remainder, relative error) of a model by the container's own recipe; the error if it is of the container."""
+    """(remainder, relative error) of a model by the container's own recipe; the error is that of the container."""
     recipe = container.recipe
-    return recipe.remainders.get(label), None if recipe.loras else recipe.models.get(label)
+    errors = recipe.models if not recipe.loras else recipe.container_models or {}
+    return recipe.remainders.get(label), errors.get(label)
 
 
 def find_label(name: str, labels: Sequence[str]) -> str:

@@ -98,11 +98,14 @@ def tensor_plans(inputs: Inputs, spec: HyperSpec) -> dict[str, TensorPlan]:
     """What the hyper-model will hold: the template's tensors in the order of its file. SpecError for a format that
     torch lacks."""
     check_formats([spec.model_dtype])
-    places = _places(inputs.template)
+    places, first = _places(inputs.template), next(iter(inputs.models), None)
+    kept = inputs.template if inputs.base is not None or first is None else first  # whose formats may be kept
     out = {}
     for info in ordered(inputs.template):
-        fixed = _kind(info, places.get(info.name)) == FIXED
-        out[info.name] = TensorPlan(format_of(info, KEEP if fixed else spec.model_dtype), info.shape)
+        place = places.get(info.name)
+        kind = _kind(info, place)
+        dtype = format_of(_find(kept, info, place, kind) or info, KEEP if kind == FIXED else spec.model_dtype)
+        out[info.name] = TensorPlan(dtype, info.shape)
     return out
 
 
@@ -200,7 +203,7 @@ def _check_vae(template: Model, model: Model) -> None:
     if not template.vae:
         raise SpecError(
             f"{template.file.path.name} has no VAE, so the hyper-model has none either.",
-            hint="Put a model with a VAE first, or leave out where the VAE comes from.",
+            hint="Leave out where the VAE comes from, or choose a model, or a base, that is whole.",
         )
     missing = [
         key for key, info in template.vae.items() if (own := model.vae.get(key)) is None or own.shape != info.shape
