@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from models import Weights, base_weights, cast, is_vae, last_json, run_cli, save_checkpoint
+from models import UNET, Weights, base_weights, cast, is_vae, last_json, run_cli, save_checkpoint
 
 Direction = dict[str, torch.Tensor]  # key → (n, k)
 
@@ -29,6 +30,27 @@ class Family:
             save_checkpoint(folder / f"{name}.safetensors", cast(model, dtype))
             for name, model in zip(names, self.models, strict=False)
         ]
+
+
+_BLOCKS = ("time_embed", "out.", "input_blocks.0.", "input_blocks.1.", "input_blocks.4.", "input_blocks.7.",
+           "output_blocks.8.")  # fmt: skip
+
+
+def few_blocks(weights: Weights) -> Weights:
+    """A block of every width and two layers of each text encoder: what a test needs of a checkpoint, in less time."""
+
+    def kept(key: str) -> bool:
+        if key.startswith(UNET):
+            return key.removeprefix(UNET).startswith(_BLOCKS)
+        layer = re.search(r"\.(?:layers|resblocks)\.(\d+)\.", key)
+        return layer is None or int(layer[1]) < 2
+
+    return {key: weight for key, weight in weights.items() if kept(key)}
+
+
+def base_of(family: str = "sd15", divisor: int = 32, seed: int = 0, whole: bool = False) -> Weights:
+    weights = base_weights(family, divisor, seed)
+    return weights if whole else few_blocks(weights)
 
 
 def reached(weights: Weights) -> list[str]:
@@ -102,24 +124,26 @@ def spread(models: int, K: int, seed: int, centred: bool = True) -> torch.Tensor
 
 def known(
     models: int = 5, ranks: Sequence[int] = (3, 2), own: float = 0.0, family: str = "sd15", divisor: int = 32,
-    centred: bool = True, seed: int = 0, **more,
+    centred: bool = True, seed: int = 0, whole: bool = False, **more,
 ) -> Family:  # fmt: skip
     """True directions of these ranks in every layer that is large enough for them."""
-    base = base_weights(family, divisor, seed)
+    base = base_of(family, divisor, seed, whole)
     directions = [direction(base, flat(rank), seed + 10 + i) for i, rank in enumerate(ranks)]
     return mixed(base, spread(models, len(ranks), seed, centred), directions, own, seed=seed + 100, **more)
 
 
-def gradual(models: int, K: int = 3, own: float = 0.7, divisor: int = 32, seed: int = 0, **more) -> Family:
+def gradual(
+    models: int, K: int = 3, own: float = 0.7, divisor: int = 32, seed: int = 0, whole: bool = False, **more
+) -> Family:
     """As fine-tunes look: K shared directions of decaying spectra, and as steep a part of each model's own."""
-    base = base_weights("sd15", divisor, seed)
+    base = base_of("sd15", divisor, seed, whole)
     directions = [direction(base, decaying(0.6 + 0.2 * i), seed + 10 + i) for i in range(K)]
     return mixed(base, spread(models, K, seed), directions, own, decaying(0.5), seed=seed + 100, **more)
 
 
 def subspace(models: int, K: int, dimension: int, divisor: int = 32, seed: int = 0) -> Family:
     """Models in one column space and one row space of every layer, but each with directions of its own there."""
-    base = base_weights("sd15", divisor, seed)
+    base = base_of("sd15", divisor, seed)
     generator = torch.Generator().manual_seed(seed + 5)
     spaces = {}
     for key in reached(base):
@@ -141,7 +165,8 @@ def subspace(models: int, K: int, dimension: int, divisor: int = 32, seed: int =
 
 def arguments(models: Sequence[Path], folder: Path, *more, name: str = "h") -> list:
     chosen = [part for path in models for part in ("--model", path)]
-    return ["hyper", *chosen, "--name", name, "--out-dir", folder, "--json", "--quiet", "--device", "cpu", *more]
+    common = ["--name", name, "--out-dir", folder, "--json", "--quiet", "--device", "cpu", "--threads", 1]
+    return ["hyper", *chosen, *common, *more]
 
 
 def hyper(models: Sequence[Path], folder: Path, *more, name: str = "h") -> dict:

@@ -153,19 +153,18 @@ def test_the_multipliers_are_the_best_for_the_loras_in_the_files(tmp_path, mixed
     assert left == pytest.approx(sum(parts), rel=1e-3)
 
 
-def families() -> dict[str, Family]:
-    return {
-        "shared": known(4, (2, 2), own=0.5, divisor=64),
-        "steep": gradual(4, K=2, own=0.3, divisor=64),
-        "alone": gradual(5, K=1, own=1.5, divisor=64, seed=2),
-        "one subspace": subspace(5, 2, 4, divisor=64),
-    }
+FAMILIES = {
+    "shared": lambda: known(4, (2, 2), own=0.5, divisor=64),
+    "steep": lambda: gradual(4, K=2, own=0.3, divisor=64),
+    "alone": lambda: gradual(5, K=1, own=1.5, divisor=64, seed=2),
+    "one subspace": lambda: subspace(5, 2, 4, divisor=64),
+}
 
 
-@pytest.mark.parametrize("kind", list(families()))
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("ranks", ["2,2", "3,1,1"])
 def test_joint_is_never_above_greedy_nor_above_directions(tmp_path, kind, ranks):
-    paths = families()[kind].save(tmp_path)
+    paths = FAMILIES[kind]().save(tmp_path)
     shares = {
         solver: hyper(paths, tmp_path / solver, "--ranks", ranks, "--solver", solver, "--dtype", "fp32")[
             "residual_share"

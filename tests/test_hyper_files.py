@@ -16,7 +16,8 @@ from lib_hypermerge.layouts.opening import open_checkpoint
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[Path]:
-    return gradual(4, K=2, own=0.5, divisor=64, rests=0.02).save(tmp_path_factory.mktemp("models"), torch.float16)
+    family = gradual(4, K=2, own=0.5, divisor=64, rests=0.02, whole=True)
+    return family.save(tmp_path_factory.mktemp("models"), torch.float16)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,9 @@ def test_the_curve_is_that_of_the_files(tmp_path, models):
     ("sdxl", {"unet", "te1", "te2"}), ("sd21", {"unet", "te"}), ("sd15_inpainting", {"unet", "te"}),
 ])  # fmt: skip
 def test_other_families(tmp_path, family, components):
-    paths = known(3, (2, 1), own=0.2, family=family, divisor=64).save(tmp_path / "models", torch.float16)
+    whole = family == "sdxl"  # whose blocks tell it from its refiner
+    made = known(3, (2, 1), own=0.2, family=family, divisor=64, whole=whole)
+    paths = made.save(tmp_path / "models", torch.float16)
     answer = hyper(paths, tmp_path / "out", "--ranks", "2,1", "--separate-te")
     found = oracle.from_recipe(tmp_path / "out" / "h.hypermerge.json", paths)
     assert answer["residual_share"] == pytest.approx(found.residual_share, rel=1e-3)
