@@ -108,7 +108,7 @@ def test_joint_is_never_above_greedy(seed, models, shape, ranks, decay, shared) 
     problem, ranks = problem_of(C), tuple(ranks)
     joint = solve(problem, ranks, "joint", QUICK)
     greedy = solve(problem, ranks, "greedy", QUICK)
-    assert joint.loss[-1] <= greedy.loss[-1] + 1e-9
+    assert joint.loss[-1] <= greedy.loss[-1] + 1e-7
     assert joint.loss[-1] <= greedy_by_definition(C, ranks, seed) + 1e-6
 
 

@@ -6,6 +6,7 @@ exact step does not mind; so it has the last word.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from ...lazy import torch
@@ -15,7 +16,10 @@ _KRYLOV = 2  # powers beyond the rows at hand
 
 
 def polish(view: View, found: list[Fixed], check: Callable[[], None]) -> tuple[list[Fixed], float]:
-    """Every LoRA once, then the multipliers: (LoRAs, Σ ‖C_m − Σ_i λ_mi D_i‖²), no worse than before."""
+    """Every LoRA once, then the multipliers: (LoRAs, Σ ‖C_m − Σ_i λ_mi D_i‖²), no worse than before.
+
+    inf and the same LoRAs where float32 could not hold them.
+    """
     check()
     count = len(found)
     multipliers = torch.stack([term.multipliers for term in found], 1)
@@ -40,6 +44,8 @@ def polish(view: View, found: list[Fixed], check: Callable[[], None]) -> tuple[l
     for own_inner, own_products in view.each(improve):
         inner += own_inner
         products += own_products
+    if not bool(inner.isfinite().all() and products.isfinite().all()):
+        return found, math.inf
     multipliers = best_multipliers(inner, products, 0.0)
     loss = loss_of(view.energy, multipliers, inner, products)
     return [Fixed(multipliers[:, i], ups[i], downs[i]) for i in range(count)], loss

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...lazy import torch
-from ..lowrank import check_range, least_squares
+from ..lowrank import check_range
+
+_RIDGE = 1e-6  # of each term's own energy: above what rounding in products could be amplified to
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ def fit(products: torch.Tensor, downs: Sequence[torch.Tensor], multipliers: torc
         dtype: torch.dtype) -> Fit:  # fmt: skip
     """Minimise Σ_m ‖E_m − Σ_i λ_mi B_i·A_i‖² over all B_i together, by its normal equations in float64.
 
+    Where multipliers depend on each other and ranks exceed a layer's, many B_i do: small ones come out.
     products: (M, n, Σr) float32, E_m·[A_1; …]ᵀ.  downs: the A_i (r_i, k) as rounded for the file.
     multipliers: (M, K) float64.  energies: (M,) float64, ‖E_m‖².  Raises NumericalError if dtype cannot hold B.
     """
@@ -42,10 +45,25 @@ def fit(products: torch.Tensor, downs: Sequence[torch.Tensor], multipliers: torc
     right = torch.zeros(products.shape[1:], dtype=torch.float64)
     for m, product in enumerate(products):
         right.add_(product.double() * wide[m])
-    ups = [up.to(dtype).contiguous() for up in least_squares(normal, right.mT).mT.split(ranks, dim=1)]
+    ups = [up.to(dtype).contiguous() for up in _small_solution(normal, right.mT).mT.split(ranks, dim=1)]
     for up in ups:
         check_range(up, dtype)
     return measure(ups, products, overlap, multipliers, energies)
+
+
+def _small_solution(N: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+    """X of N·X = P, N positive semi-definite, float64; without what N hardly tells apart.
+
+    Tikhonov's regularisation, iterated once: where N has eigenvalue e, once scaled to a unit diagonal, X misses
+    (ridge / (e + ridge))² of the solution: next to nothing where N is well conditioned.
+    """
+    scale = N.diagonal()
+    scale = torch.where(scale > 0, scale.clamp_min(1e-300).rsqrt(), torch.zeros_like(scale))
+    N, P = N * scale[:, None] * scale, P * scale[:, None]
+    factor, pivots = torch.linalg.lu_factor(N + _RIDGE * torch.eye(len(N), dtype=N.dtype))
+    X = torch.linalg.lu_solve(factor, pivots, P)
+    X += torch.linalg.lu_solve(factor, pivots, P - N @ X)
+    return X * scale[:, None]
 
 
 def measure(ups: list[torch.Tensor], products: torch.Tensor, overlap: torch.Tensor, multipliers: torch.Tensor,

@@ -15,6 +15,8 @@ from .problem import Settings
 from .sample import sample
 from .sweep import Fixed, Terms, View, sweep
 
+_LAST_RIDGE = 1e-6  # keeps LoRAs small whose multipliers depend on each other; what it costs is its square
+
 
 def greedy(
     view: View, gram: torch.Tensor, ranks: Sequence[torch.Tensor], settings: Settings, check: Callable[[], None]
@@ -45,12 +47,12 @@ def greedy(
 
 
 def settle(view: View, terms: Terms, *, free: bool = True) -> tuple[list[Fixed], float]:
-    """The terms as factors, after one more sweep without ridge; and the loss."""
+    """The terms as factors, after one more sweep with hardly any ridge; and the loss."""
     ups = [
         torch.empty(len(A), c.values.shape[2], A.shape[1], device=A.device)
         for c, A in zip(view.groups, terms.downs, strict=True)
     ]
-    loss = sweep(view, terms, 0.0, free=free, ups=ups)
+    loss = sweep(view, terms, _LAST_RIDGE, free=free, ups=ups)
     fixed = []
     for i in range(terms.multipliers.shape[1]):
         rows = [layout.slices[i] for layout in terms.layouts]

@@ -44,7 +44,7 @@ def solve(problem: Problem, ranks: Sequence[int], method: str, settings: Setting
         found = task.joint(task.uniform, first)
         if allocate:
             first, own = task.allocated(first, task.greedy)
-            found = _lower(task.allocated(found, task.joint)[0], task.joint(own, first))
+            found = task.lower(task.allocated(found, task.joint)[0], task.joint(own, first))
     return _solution(task.view, found, ranks, outside, problem)
 
 
@@ -87,7 +87,7 @@ class _Task:
         for _ in range(_POLISH):
             fixed, loss = polish(self.view, fixed, self.check)
             losses.append(loss)
-        return (fixed, losses) if first is None else _lower(first, (fixed, losses))
+        return (fixed, losses) if first is None else self.lower(first, (fixed, losses))
 
     def allocated(self, found: Found, again: Callable[[list[torch.Tensor]], Found]) -> tuple[Found, list[torch.Tensor]]:
         """With ranks of the layers' own by what the last solution would gain from them, while that helps; and these."""
@@ -100,9 +100,10 @@ class _Task:
             found, own = other, ranks
         return found, own
 
-
-def _lower(first: Found, second: Found) -> Found:
-    return second if second[1][-1] < first[1][-1] else first
+    def lower(self, first: Found, second: Found) -> Found:
+        """By what they leave itself: as a difference of energies it is float32's to 1e-7 of the whole only."""
+        left = [View(self.view.groups, tuple(found[0])).energy for found in (first, second)]
+        return second if left[1] < left[0] else first
 
 
 def _together(fixed: Sequence[Fixed]) -> Terms:

@@ -26,6 +26,7 @@ _DEVICE_BYTES = 256 << 20
 _COPIED = 32 << 20  # numbers
 _LEAST = 1e-30  # squares below it, such as equal models' rounding leaves, are near the end of float32
 _SHIFT = 1e-6  # of a unit diagonal, for 32 rows: keeps Cholesky's factor real in float32
+_DEPENDENT = 1e-6  # LoRAs are told apart down to this share of the first eigenvalue: products are float32's
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class View:
 
 
 def sweep(view: View, terms: Terms, ridge: float, *, free: bool = True, ups: list[torch.Tensor] | None = None) -> float:
-    """Improves terms in place; returns Σ ‖C_m − Σ_i λ_mi U_i A_i‖² after it.
+    """Improves terms in place; returns Σ ‖C_m − Σ_i λ_mi U_i A_i‖² after it, inf where float32 could not hold them.
 
     ridge: share of each term's own energy, ‖λ_i‖²‖D_i‖², that is added to what is minimised. It keeps two terms
     from growing without bound against each other, and shifts the solution by its square only.
@@ -164,6 +165,8 @@ def sweep(view: View, terms: Terms, ridge: float, *, free: bool = True, ups: lis
     for own_inner, own_products in view.each(improve):
         inner += own_inner
         products += own_products
+    if not bool(inner.isfinite().all() and products.isfinite().all()):
+        return math.inf
     terms.multipliers = best_multipliers(inner, products, ridge) if free else unit
     return loss_of(view.energy, terms.multipliers, inner, products)
 
@@ -206,7 +209,7 @@ def best_multipliers(inner: torch.Tensor, products: torch.Tensor, ridge: float) 
     scale = products.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 0, 1 / scale.clamp_min(1e-150), torch.zeros_like(scale))
     G = ridged(products * scale[:, None] * scale, ridge)
-    return (inner * scale) @ torch.linalg.pinv(G, rtol=1e-10, hermitian=True) * scale
+    return (inner * scale) @ torch.linalg.pinv(G, rtol=_DEPENDENT, hermitian=True) * scale
 
 
 def loss_of(energy: float, multipliers: torch.Tensor, inner: torch.Tensor, products: torch.Tensor) -> float:
@@ -253,7 +256,12 @@ def _factor(N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     unit = N * inverse_scale[:, :, None] * inverse_scale[:, None, :]
     shift = _SHIFT * max(1.0, N.shape[1] / 32)
     unit.diagonal(dim1=1, dim2=2).add_(torch.where(scale > 0, shift, 1.0))
-    return torch.linalg.cholesky_ex(unit)[0], scale
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    while shift < 1 and bool(failed.any()):  # rows so dependent that rounding made an eigenvalue negative
+        shift *= 10
+        unit.diagonal(dim1=1, dim2=2).add_(shift * (failed > 0)[:, None])
+        factor, failed = torch.linalg.cholesky_ex(unit)
+    return factor, scale
 
 
 def _inverse_or_zero(x: torch.Tensor) -> torch.Tensor:
