@@ -93,7 +93,7 @@ def _repeated(inputs: Inputs) -> list[str]:
     """Models that are one file, or the base; each is told once. Where all are one, that is told."""
     if _independent(inputs) == 0:
         what = "the base itself" if inputs.base is not None else "the same file"
-        return [f"All models are {what}: there is nothing to tell apart, and all multipliers are 0."]
+        return [f"All models are {what}: all multipliers are 0."]
     out, left = [], list(inputs.sources)
     if inputs.base is not None:
         same = [source.label for source in left if source.file.is_same(inputs.base.file)]
