@@ -99,6 +99,7 @@ class _Merge:
         with self._timed("finishing and writing"), contextlib.ExitStack() as stack:
             # first, as the hyper-model's header tells of them
             rests = self._remainders(draft.hyper)
+            self.warnings += remainders.note(rests, self.plan.inputs, self.spec)
             more = [stack.enter_context(rest.writer) for rest in rests if rest.writer is not None]
             draft = replace(draft, remainders={rest.label: rest.path.stem for rest in rests})
             files = None if self.spec.preview else stack.enter_context(Files(self.plan, ranks, draft))
