@@ -8,7 +8,8 @@ to the rank, λ_m = ⟨dW_m, dW'⟩ / ‖dW'‖² over all layers; then λ_m dW'
 float32 and λ starts at random: from λ = 1 the centred differences add up to nothing.
 
 `time` does one such step on one layer of each distinct shape, to be multiplied by how many layers have it. `run` gives
-the loop's very result without its cost: singular vectors from the Gram matrix of the short side.
+the loop's very result without its cost, singular vectors from the Gram matrix of the short side; and, as a single
+random start can end far from the others, from the best of three for each LoRA.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from lib_hypermerge.layouts.module import LORA_KINDS
 
 ITERATIONS = 3  # of each LoRA
 _MORE, _STEPS = 16, 30  # vectors beyond those wanted, and how often they are multiplied
+_STARTS, _SAMPLED = 3, 8  # random starts of a LoRA, tried on every eighth layer
 _SMALL = 2.0  # seconds; quicker SVDs are timed twice
 
 Place = tuple[str, int, int]  # tensor, first row, last row
@@ -137,30 +140,50 @@ def _least(dW: torch.Tensor, multipliers: torch.Tensor, rank: int) -> tuple[floa
     return min(timings)
 
 
+@dataclass(frozen=True)
+class Lora:
+    """factors: place → U (n, r) and S·Vh (r, k).  square: ‖dW'‖² over all of them."""
+
+    multipliers: torch.Tensor
+    factors: dict[Place, Step]
+    square: float
+
+    @property
+    def explains(self) -> float:
+        """How much of Σ‖dW_m‖² goes with it, as λ_m is the best one for it."""
+        return float(self.multipliers.double().square().sum()) * self.square
+
+
 def run(files: Sequence, places: dict[Place, tuple[int, int]], ranks: Sequence[int]) -> dict:
-    """The whole loop. Σ‖dW_m‖² falls by λ_m²·‖dW'‖² with each subtraction, as λ_m is the best one."""
-    loras: list[tuple[torch.Tensor, dict[Place, tuple[torch.Tensor, torch.Tensor]]]] = []
-    energy, share, shares = 0.0, 1.0, []
+    """The whole loop, each LoRA from that random start which is best on a part of the layers."""
+    energy = sum(float(differences(files, place).square().sum(dtype=torch.float64)) for place in places)
+    loras: list[Lora] = []
     for number, rank in enumerate(ranks):
-        multipliers = _start(len(files), number)
-        for _ in range(ITERATIONS):
-            inner, square, whole, parts = torch.zeros(len(files), dtype=torch.float64), 0.0, 0.0, {}
-            for place in places:
-                dW = differences(files, place)
-                whole += float(dW.square().sum(dtype=torch.float64))
-                for earlier, factors in loras:
-                    left, right = factors[place]
-                    dW -= earlier[:, None, None] * (left @ right)
-                left, right, products = step(dW, multipliers, rank, by_gram)
-                inner, square = inner + products, square + float(right.square().sum())
-                parts[place] = left, right
-            multipliers = (inner / square).float()
-            energy = whole
-        share -= float(multipliers.double().square().sum()) * square / energy
-        shares.append(share)
-        loras.append((multipliers, parts))
-        print(rank, share, multipliers.tolist(), file=sys.stderr, flush=True)
-    return {"residual_share": share, "shares": shares, "multipliers": [own.tolist() for own, _ in loras]}
+        starts = [_start(len(files), number * _STARTS + i) for i in range(_STARTS)]
+        trials = [_lora(files, list(places)[::_SAMPLED], rank, start, loras).explains for start in starts]
+        loras.append(_lora(files, list(places), rank, starts[trials.index(max(trials))], loras))
+        print(rank, loras[-1].explains / energy, loras[-1].multipliers.tolist(), trials, file=sys.stderr, flush=True)
+    shares = [1 - sum(lora.explains for lora in loras[: i + 1]) / energy for i in range(len(loras))]
+    multipliers = [lora.multipliers.tolist() for lora in loras]
+    return {"residual_share": shares[-1], "shares": shares, "multipliers": multipliers}
+
+
+def _lora(
+    files: Sequence, places: Sequence[Place], rank: int, multipliers: torch.Tensor, earlier: Sequence[Lora]
+) -> Lora:
+    """One LoRA's iterations."""
+    found = Lora(multipliers, {}, 0.0)
+    for _ in range(ITERATIONS):
+        inner, square, factors = torch.zeros(len(files), dtype=torch.float64), 0.0, {}
+        for place in places:
+            dW = differences(files, place)
+            for lora in earlier:
+                left, right, _ = lora.factors[place]
+                dW -= lora.multipliers[:, None, None] * (left @ right)
+            factors[place] = step(dW, found.multipliers, rank, by_gram)
+            inner, square = inner + factors[place][2], square + float(factors[place][1].square().sum())
+        found = Lora((inner / square).float(), factors, square)
+    return found
 
 
 def _start(models: int, seed: int) -> torch.Tensor:

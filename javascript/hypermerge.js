@@ -145,11 +145,19 @@ window.hypermerge = window.hypermerge || (() => {
         return copied;
     }
 
-    function send(text) {
+    function send(text, kept = (tag) => tag) {
         const prompt = root().querySelector("#txt2img_prompt textarea");
-        prompt.value = prompt.value.trim() ? `${prompt.value.trim()} ${text}` : text;
+        const before = prompt.value.replace(/<lora:([^:>]+)[^>]*>/g, kept).trim();
+        prompt.value = before ? `${before} ${text}` : text;
         prompt.dispatchEvent(new Event("input", {bubbles: true}));
         if (typeof switch_to_txt2img === "function") switch_to_txt2img();
+    }
+
+    // in place of another model's of the same hyper-merge: NAME-1, NAME-2 … and NAME-model-rest
+    function sendInstead(text) {
+        const names = Array.from(text.matchAll(/<lora:([^:>]+)-\d+:/g), (found) => found[1]);
+        const own = (name) => names.some((stem) => name.startsWith(`${stem}-`) && /-(\d+|rest)$/.test(name));
+        send(text, (tag, name) => (own(name) ? "" : tag));
     }
 
     // writes into a text field as if a person had typed it
@@ -201,6 +209,6 @@ window.hypermerge = window.hypermerge || (() => {
     }
     if (typeof onUiLoaded === "function") onUiLoaded(markHost); else markHost();
 
-    return {start, ended, resume, resumed, ask, answered, task: (verb) => tasks[verb] || "", copy, send, fill, load,
+    return {start, ended, resume, resumed, ask, answered, task: (verb) => tasks[verb] || "", copy, send, sendInstead, fill, load,
         styles, shownJob, stylesSaved, addRow, clearRow};
 })();

@@ -7,6 +7,7 @@ from typing import Any
 from .jobs.report import Report
 from .words import counts, mib, percent
 
+_AS_MEAN = 0.999
 KINDS = {  # of what could stand for the models at the same size
     "average": "the plain average alone",
     "own": "a LoRA of its own per model",
@@ -85,7 +86,7 @@ def describe(report: Report) -> list[tuple[str, str]]:
         rows.append(("Missed with the first LoRAs only", told))
     rows.append(("Of the whole change outside the LoRAs' layers", f"{percent(d['rest_share'])} (squared)"))
     rest = {model: part["rest_error"] for model, part in d["by_model"].items() if part["rest_error"] is not None}
-    if rest:
+    if any(error < _AS_MEAN for error in rest.values()):  # a mean misses all of what is told apart, always
         told = ", ".join(f"{model} {percent(error)}" for model, error in rest.items())
         rows.append(("Relative error of norms, biases and embeddings", told))
     if d["te_multipliers"] is not None:

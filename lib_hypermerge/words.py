@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 
 def mib(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+    """A size; the smallest in KiB."""
+    return f"{size / 2**10:,.1f} KiB" if 0 < size < 0.05 * 2**20 else f"{size / 2**20:,.1f} MiB"
 
 
 def percent(share: float) -> str:

@@ -30,12 +30,14 @@ def notes(texts: Iterable[str]) -> str:
     return "".join(f'<div class="hypermerge-note">{escape(text)}</div>' for text in texts)
 
 
-def button(verb: str, action: str, argument: str, label: str, number: int | None = None) -> str:
-    """Calls hypermerge.<action>(argument) in the page's script.  number: where a result has several of it."""
+def button(
+    verb: str, action: str, argument: str, label: str, number: int | None = None, call: str | None = None
+) -> str:
+    """Calls hypermerge.<call or action>(argument) in the page's script.  number: where a result has several of it."""
     end = "" if number is None else f"_{number}"
     return (
         f'<button type="button" id="hypermerge_{verb}_{action}{end}" class="hypermerge-button hypermerge-{action}" '
-        f'onclick="hypermerge.{action}({_quoted(argument)})">{escape(label)}</button>'
+        f'onclick="hypermerge.{call or action}({_quoted(argument)})">{escape(label)}</button>'
     )
 
 

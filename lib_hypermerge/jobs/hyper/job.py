@@ -131,7 +131,7 @@ class _Merge:
         order = sorted(range(len(layers)), key=lambda i: -_numel(layers[i]))
         seen: dict[int, Seen] = {}
         whole, done = sum(map(_numel, layers)), 0
-        self.context.progress(0.0, "comparing")
+        self.context.progress(0.0, "reading")
 
         def look(index: int) -> tuple[int, Sketch | None]:
             if self.work.has(index):

@@ -246,6 +246,11 @@ def make_plan(spec: HyperSpec, host: Host) -> HyperPlan:
         ranks = ranks_of(spec.ranks) if spec.size is None else ()
         most = len(ranks) or full_count(spec.ranks) if spec.size is None else spec.count or MOST_LORAS
         model_output = host.checkpoint_output(_in_folder(spec, spec.name))
+        if "=" in model_output.stem:
+            raise SpecError(
+                f"{model_output.stem!r} cannot stand in a prompt.", "What follows = is read as a setting of the LoRA.",
+                "Choose a name without =.",
+            )  # fmt: skip
         stem = model_output.stem
         loras = [host.lora_output(_in_folder(spec, f"{_parent(spec.name)}{stem}-{i + 1}")) for i in range(most)]
         plan = HyperPlan(spec, inputs, rests.plan_rests(inputs, spec, host), ranks, model_output, loras)
