@@ -65,4 +65,4 @@ def _prompt(d: dict[str, Any], model: str, index: int) -> str:
     if d["preview"]:  # no LoRA of that name is there
         return code
     copy = html.button("hyper", "copy", text, "Copy", index)
-    return f"{code} {copy}{html.button('hyper', 'send', text, 'Send to txt2img', index)}"
+    return f"{code} {copy}{html.button('hyper', 'send', text, 'Send to txt2img', index, 'sendInstead')}"
