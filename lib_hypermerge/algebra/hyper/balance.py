@@ -9,8 +9,7 @@ from ...lazy import torch
 from .sweep import Fixed
 
 _NOISE = 1e-7  # singular values below this share of a layer's first are rounding
-
-Balanced = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_NOTHING = 1e-6  # likewise of the first of all LoRAs: what is left once the others have taken a whole layer
 
 
 def unit_scale(multipliers: torch.Tensor) -> float:
@@ -21,11 +20,11 @@ def unit_scale(multipliers: torch.Tensor) -> float:
     return math.copysign(largest, float(multipliers[first])) if largest else 1.0
 
 
-def balanced(ups: torch.Tensor, downs: torch.Tensor) -> Balanced:
-    """(ups (l, p, r), downs (l, r, q), ranks (l,)) of the same products, as U√S and √S·Vᵀ of their SVDs.
+def balanced(ups: torch.Tensor, downs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ups (l, p, r), downs (l, r, q)) of the same products, as U√S and √S·Vᵀ of their SVDs.
 
     By eigenvectors of the factors' Gram matrices in float64, so neither factor has to be orthonormal. Of each
-    left singular vector the entry of largest size is positive. ranks: singular values that are more than rounding.
+    left singular vector the entry of largest size is positive. Singular values that are rounding become 0.
     """
     U, A = ups.cpu().double(), downs.cpu().double()
     s, W = torch.linalg.eigh(A @ A.mT)
@@ -40,7 +39,7 @@ def balanced(ups: torch.Tensor, downs: torch.Tensor) -> Balanced:
     largest = up.gather(1, up.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).double()
     up, down = up * signs, down * signs.mT
-    return up.to(ups), down.to(downs), there.sum(1)
+    return up.to(ups), down.to(downs)
 
 
 def _safe_inverse(x: torch.Tensor) -> torch.Tensor:
@@ -59,16 +58,18 @@ def assemble(
         q = fixed[0].downs[g].shape[2]
         ups = fixed[0].ups[g].new_zeros(layers, p, sum(rooms))
         downs = fixed[0].downs[g].new_zeros(layers, sum(rooms), q)
-        own = torch.zeros(layers, len(fixed), dtype=torch.int64)
         for i, (term, scale) in enumerate(zip(fixed, scales, strict=True)):
             start = sum(rooms[:i])
             part = slice(start, start + term.ups[g].shape[2])
             step = max(1, (32 << 20) // (8 * (p + q) * max(1, rooms[i])))
             for a in range(0, layers, step):
                 rows = slice(a, a + step)
-                ups[rows, :, part], downs[rows, part], own[rows, i] = balanced(
-                    term.ups[g][rows] * scale, term.downs[g][rows]
-                )
+                ups[rows, :, part], downs[rows, part] = balanced(term.ups[g][rows] * scale, term.downs[g][rows])
+        sizes = downs.square().sum(2)  # as factors are balanced, singular values
+        there = sizes > _NOTHING * sizes.amax(1, keepdim=True)
+        ups *= there[:, None, :]
+        downs *= there[:, :, None]
+        own = torch.stack([part.sum(1) for part in there.cpu().split(list(rooms), dim=1)], 1)
         all_ups.append(ups)
         all_downs.append(downs)
         all_ranks.append(own)

@@ -17,3 +17,9 @@ def main_directions(gram: torch.Tensor, count: int) -> torch.Tensor:
     vectors = vectors * (values > 1e-10 * values[0].clamp_min(0))
     found = vectors[:, :count]
     return torch.cat([found, found.new_zeros(len(found), max(0, count - found.shape[1]))], 1)
+
+
+def independent(gram: torch.Tensor) -> int:
+    """In how many independent directions the models differ."""
+    values = torch.linalg.eigvalsh(gram)
+    return int((values > 1e-10 * values[-1].clamp_min(0)).sum())

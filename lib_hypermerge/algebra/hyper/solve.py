@@ -10,7 +10,7 @@ from ...lazy import torch
 from .allocation import layer_ranks
 from .balance import assemble
 from .blocks import polish
-from .directions import main_directions
+from .directions import independent, main_directions
 from .greedy import greedy, settle
 from .joint import Run, begin, carry_on, joint
 from .problem import Problem, Settings, Solution
@@ -139,8 +139,7 @@ def _measured(
 
 
 def _notes(gram: torch.Tensor, multipliers: torch.Tensor) -> list[str]:
-    values = torch.linalg.eigvalsh(gram)
-    free = int((values > 1e-10 * values[-1].clamp_min(0)).sum())
+    free = independent(gram)
     if not free:
         return ["The models do not differ in any layer that a LoRA reaches: the LoRAs are empty."]
     notes = []

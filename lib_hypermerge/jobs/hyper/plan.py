@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +106,50 @@ class HyperPlan:
         return sum(sum(layer.shape) for layer in self.inputs.layers)
 
     @property
-    def numbers(self) -> int:
-        """The budget of stored numbers where a size is given, over all LoRAs."""
+    def directions(self) -> int:
+        """In how many ways the models can differ from the hyper-model."""
+        return self.models if self.inputs.base else max(1, self.models - 1)
+
+    @property
+    def numbers_beside(self) -> int:
+        """What a LoRA takes besides its factors, counted in numbers."""
+        return -(-self.lora_bytes(0) // self.itemsize)
+
+    def numbers_for(self, count: int) -> int:
+        """The budget of stored numbers where a size is given, over that many LoRAs; their headers are counted off."""
         assert self.spec.size is not None
-        count = self.spec.count or max(1, min(4, self.models - 1))  # what is chosen is known only later
-        overhead = (_ENTRY_BYTES * len(self.inputs.layers) + 4096) * count
-        return max(0, int((self.spec.size * 2**20 - overhead) / self.itemsize))
+        return max(0, int(self.spec.size * 2**20) // self.itemsize - count * self.numbers_beside)
+
+    @property
+    def numbers(self) -> int:
+        """The budget of stored numbers where a size is given, of one file."""
+        return self.numbers_for(1)
+
+    @property
+    def enough_bytes(self) -> int:
+        """A size from which on LoRAs have every rank that the layers have."""
+        most = max(min(layer.shape) for layer in self.inputs.layers)
+        return (self.spec.count or self.directions) * self.lora_bytes(most)
+
+    @cached_property
+    def _most_rank(self) -> int:
+        """The most that all LoRAs of the size can have together: one with all there is room for, then the next."""
+        shapes = [layer.shape for layer in self.inputs.layers]
+        most, left, total = max(map(min, shapes)), self.numbers, 0
+        prices = [sum(sum(shape) for shape in shapes if min(shape) >= rank) for rank in range(1, most + 1)]
+        for _ in range(self.spec.count or self.directions):
+            for price in prices:
+                if price > left:
+                    return max(1, total)
+                left, total = left - price, total + 1
+        return max(1, total)
 
     @property
     def total_rank(self) -> int:
         """Of all LoRAs together in a layer, foreseen where a size is given; layers may get up to half more."""
         total = sum(self.ranks) if self.ranks else 0
         if self.spec.size is not None:
-            total = max(1, round(self.numbers / self.per_rank))
+            total = self._most_rank
         return round(1.5 * total) if self.spec.allocation == LAYERS else total
 
     def lora_bytes(self, rank: int) -> int:
@@ -129,7 +161,7 @@ class HyperPlan:
     @property
     def loras_bytes(self) -> int:
         if self.spec.size is not None:
-            return int(self.spec.size * 2**20)
+            return min(int(self.spec.size * 2**20), self.enough_bytes)
         if self.full:
             return self.full * sum(layer.module.weight.numel * self.itemsize for layer in self.inputs.layers
                                    if layer.module.weight)  # fmt: skip
@@ -261,12 +293,16 @@ def make_plan(spec: HyperSpec, host: Host) -> HyperPlan:
                 label: host.lora_output(_in_folder(spec, f"{_parent(spec.name)}{stem}-{name}-rest"))
                 for label, name in zip(inputs.labels, names, strict=True)
             }
-        if spec.size is not None and plan.numbers < plan.per_rank * (spec.count or 1):
-            least = (plan.per_rank * plan.itemsize + _ENTRY_BYTES * len(inputs.layers)) * (spec.count or 1)
+        if spec.size is not None and plan.numbers_for(spec.count or 1) < plan.per_rank * (spec.count or 1):
+            least = plan.lora_bytes(1) * (spec.count or 1)
             raise SpecError(
                 f"{spec.size:g} MiB are too little.",
                 f"Rank 1 in {spec.count or 1} of them takes about {least / 2**20:.1f} MiB.", "Ask for more.",
             )  # fmt: skip
+        if spec.size is not None and spec.size * 2**20 > plan.enough_bytes:
+            plan.warnings.append(
+                f"{_mib(plan.enough_bytes)} MiB are enough: the LoRAs then have every rank that the layers have."
+            )
         if not spec.preview:
             mend(plan.work_folder)
             _check_outputs(plan, host)
@@ -274,6 +310,12 @@ def make_plan(spec: HyperSpec, host: Host) -> HyperPlan:
         inputs.close()
         raise
     return plan
+
+
+def _mib(nbytes: int) -> str:
+    """Rounded up."""
+    tenths = -(-nbytes * 10 // 2**20)
+    return f"{tenths / 10:g}"
 
 
 def _in_folder(spec: HyperSpec, name: str) -> str:

@@ -170,8 +170,10 @@ def solve_parts(plan: HyperPlan, parts: list[Part], progress: Callable[[float], 
     spec, ranks = plan.spec, plan.ranks
     if spec.size is not None:
         largest = max(parts, key=lambda part: len(part.layers))
-        budget = round(plan.numbers * sum(float(g.costs.sum()) for g in largest.problem.groups) / plan.per_rank)
-        ranks = plan_ranks(largest.problem, budget, spec.count, settings_of(plan, lambda share: progress(share / 2)))
+        ranks = plan_ranks(
+            largest.problem, plan.numbers_for(0), spec.count, settings_of(plan, lambda share: progress(share / 2)),
+            beside=plan.numbers_beside, stored=[group for part in parts for group in part.problem.groups],
+        )  # fmt: skip
     whole = sum(len(part.layers) for part in parts)
     done = 0
     for part in parts:
