@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from families import path_of
 from measuring import ROOT, ChildError, Run, machine, run, summary, warm
 
 HERE = Path(__file__).resolve().parent
@@ -88,7 +87,7 @@ class _Bench:
         shutil.rmtree(self.out, ignore_errors=True)
 
     def _models(self, count: int) -> list[Path]:
-        paths = [path_of(self.folder, model) for model in range(count)]
+        paths = [self.folder / f"m{model}.safetensors" for model in range(count)]  # as families.py calls them
         if not all(path.exists() for path in paths):
             _say(f"making {count} models in {self.folder}")
             run([sys.executable, HERE / "families.py", self._table, self.folder, str(count)], self.threads)
