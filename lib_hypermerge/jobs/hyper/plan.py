@@ -15,10 +15,8 @@ from ...algebra.hyper.bases import width_for
 from ...errors import SpecError
 from ...files.checkpoint_writer import TensorPlan
 from ...files.dtypes import ITEMSIZE, OUTPUT_DTYPES
-from ...files.writer import check_room, check_target
 from ..host import Host
-from ..outputs import refuse_inputs
-from . import rests
+from . import rests, targets
 from .inputs import Inputs, Layer, open_inputs
 from .recipe import CONTAINER_SUFFIX, SUFFIX
 from .rests import Rest
@@ -173,6 +171,22 @@ class HyperPlan:
         return sum(plan.nbytes for plan in self.tensors.values()) + (1 << 17) if self.writes_model else 0
 
     @property
+    def model_sizes(self) -> dict[Path, int]:
+        """Bytes of the checkpoints and LoRAs to be written, about."""
+        sizes = {self.model_output: self.model_bytes} if self.writes_model else {}
+        if self.writes_loras:
+            each = [self.lora_bytes(rank) for rank in self.ranks]
+            each = each or [self.loras_bytes // len(self.loras)] * len(self.loras)
+            sizes |= dict(zip(self.loras, each, strict=True))
+        return sizes | dict.fromkeys(self.rest_files.values(), 1 << 20)
+
+    @property
+    def other_sizes(self) -> dict[Path, int]:
+        """Of the files beside them."""
+        container = {self.container_output: self.loras_bytes} if self.writes_container else {}
+        return {self.recipe_output: 1 << 16, **container}
+
+    @property
     def tensors(self) -> dict[str, TensorPlan]:
         """The hyper-model's tensors in the template's order."""
         return rests.tensor_plans(self.inputs, self.spec)
@@ -277,21 +291,14 @@ def make_plan(spec: HyperSpec, host: Host) -> HyperPlan:
     try:
         ranks = ranks_of(spec.ranks) if spec.size is None else ()
         most = len(ranks) or full_count(spec.ranks) if spec.size is None else spec.count or MOST_LORAS
-        model_output = host.checkpoint_output(_in_folder(spec, spec.name))
-        if "=" in model_output.stem:
-            raise SpecError(
-                f"{model_output.stem!r} cannot stand in a prompt.", "What follows = is read as a setting of the LoRA.",
-                "Choose a name without =.",
-            )  # fmt: skip
-        stem = model_output.stem
-        loras = [host.lora_output(_in_folder(spec, f"{_parent(spec.name)}{stem}-{i + 1}")) for i in range(most)]
+        model_output = targets.model_path(spec, host)
+        loras = [targets.lora_path(spec, host, str(i + 1)) for i in range(most)]
         plan = HyperPlan(spec, inputs, rests.plan_rests(inputs, spec, host), ranks, model_output, loras)
         plan.warnings += inputs.warnings
         if spec.remainders != NONE:
-            names = _plain(inputs.labels)
             plan.rest_files = {
-                label: host.lora_output(_in_folder(spec, f"{_parent(spec.name)}{stem}-{name}-rest"))
-                for label, name in zip(inputs.labels, names, strict=True)
+                label: targets.lora_path(spec, host, f"{name}-rest")
+                for label, name in zip(inputs.labels, targets.plain(inputs.labels), strict=True)
             }
         if spec.size is not None and plan.numbers_for(spec.count or 1) < plan.per_rank * (spec.count or 1):
             least = plan.lora_bytes(1) * (spec.count or 1)
@@ -305,7 +312,8 @@ def make_plan(spec: HyperSpec, host: Host) -> HyperPlan:
             )
         if not spec.preview:
             mend(plan.work_folder)
-            _check_outputs(plan, host)
+            paths = [source.path for source in inputs.sources] + ([inputs.base.file.path] if inputs.base else [])
+            targets.check(spec, host, paths, plan.model_sizes, plan.other_sizes, {plan.work_folder: plan.work_bytes})
     except BaseException:
         inputs.close()
         raise
@@ -316,58 +324,3 @@ def _mib(nbytes: int) -> str:
     """Rounded up."""
     tenths = -(-nbytes * 10 // 2**20)
     return f"{tenths / 10:g}"
-
-
-def _in_folder(spec: HyperSpec, name: str) -> str:
-    return name if not spec.out_dir else str(Path(spec.out_dir) / name)
-
-
-def _parent(name: str) -> str:
-    """The folder that a name brings itself, with its separator; the command line's names may have one."""
-    return name[: len(name) - len(Path(name).name)]
-
-
-def _plain(labels: Sequence[str]) -> list[str]:
-    """Models' labels as parts of names that prompts can hold, each once."""
-    out: list[str] = []
-    for number, label in enumerate(labels, 1):
-        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
-        out.append(f"{name}-{number}" if name.casefold() in (other.casefold() for other in out) else name)
-    return out
-
-
-def _check_outputs(plan: HyperPlan, host: Host) -> None:
-    """All names are free, and the disks have room for everything together."""
-    spec, inputs = plan.spec, plan.inputs
-    sizes: dict[Path, int] = {}
-    if plan.writes_model:
-        sizes[plan.model_output] = plan.model_bytes
-    if plan.writes_loras:
-        each = [plan.lora_bytes(rank) for rank in plan.ranks]
-        sizes |= dict(zip(plan.loras, each or [plan.loras_bytes // len(plan.loras)] * len(plan.loras), strict=True))
-    sizes |= dict.fromkeys(plan.rest_files.values(), 1 << 20)
-    paths = [source.path for source in inputs.sources] + ([inputs.base.file.path] if inputs.base else [])
-    for path in sizes:
-        if path.parent.is_dir() or not spec.out_dir:
-            check_target(path, 0, spec.overwrite)
-        refuse_inputs(path, paths, host)
-    for path in [plan.recipe_output, *([plan.container_output] if plan.writes_container else [])]:
-        if path.exists() and not spec.overwrite:
-            raise SpecError(f"{path.name} exists already.", hint="Choose another name, or allow overwriting.")
-    sizes[plan.work_folder] = plan.work_bytes
-    if plan.writes_container:
-        sizes[plan.container_output] = plan.loras_bytes
-    by_disk: dict[int, list[Path]] = {}
-    for path in sizes:
-        by_disk.setdefault(_existing(path.parent).stat().st_dev, []).append(path)
-    for together in by_disk.values():
-        check_room(_existing(together[0].parent), f"{spec.name} and its LoRAs", sum(sizes[path] for path in together))
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir():
-        raise SpecError(f"{folder} is no folder.", hint="Choose another folder.")
-    return folder
