@@ -117,4 +117,3 @@ def _slabs(n: int, k: int) -> Iterator[tuple[int, int]]:
     height = max(1, _SLAB // max(1, k))
     for start in range(0, n, height):
         yield start, min(start + height, n)
-

@@ -74,7 +74,8 @@ def report_of(
         "container": _container(plan, measures, on_disk) if plan.writes_container else None,
         "remainders": {
             rest.label: {
-                "name": rest.path.stem, "bytes": rest.bytes,
+                "name": rest.path.stem,
+                "bytes": rest.bytes,
                 "restores": rest.restores(measures.rest_error2(labels.index(rest.label))),
             }
             for rest in rests

@@ -53,7 +53,12 @@ class HyperSpec(Spec):
         bounds=(1, MOST_LORAS), optional=True,
     )  # fmt: skip
     out_dir: str | None = param(
-        TEXT, "Folder", "Where all files go. Empty: the present one.", None, optional=True, advanced=True,
+        TEXT,
+        "Folder",
+        "Where all files go. Empty: the present one.",
+        None,
+        optional=True,
+        advanced=True,
         paths_only=True,
     )
     allocation: str = param(

@@ -90,7 +90,6 @@ class Stack:
             yield a, b, rows, centre
 
 
-
 def _gram(flat: torch.Tensor) -> torch.Tensor:
     """(M, M) float64 of (M, numbers) float32. Short sums: float32 loses a hundred-thousandth in long ones."""
     M, count = flat.shape

@@ -57,9 +57,7 @@ class Files:
             if plan.writes_container:
                 names = [f"{layer.module.name}" for layer in plan.inputs.layers]
                 reserve = header_reserve(names, _container_metadata(plan, draft)) + _SLACK + 64 * plan.models
-                self.container = self._stack.enter_context(
-                    SafetensorsWriter(plan.container_output, reserve, overwrite)
-                )
+                self.container = self._stack.enter_context(SafetensorsWriter(plan.container_output, reserve, overwrite))
         except BaseException:
             self._stack.close()
             raise
