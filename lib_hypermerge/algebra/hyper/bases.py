@@ -10,15 +10,17 @@ from __future__ import annotations
 from ...lazy import torch
 from .. import svd
 
+_BESIDE = 96  # directions that many models get more
 _STEPS = 2  # of power iteration for U: on Δ_m·Vᵀ, which is small, they are cheap
 
 
 def width_for(total_rank: int, n: int, k: int, models: int) -> tuple[int, int]:
     """(p, q): how many directions of columns and of rows the cores keep for LoRAs of that rank together.
 
-    Twice the rank, so that what the best LoRAs need is within it; as many as there are where that is not much more.
+    More than twice the rank, so that what the best LoRAs need is within it: the more models, the more of their own
+    parts stands before it. As many as there are where that is not much more.
     """
-    wanted = 2 * total_rank + 16
+    wanted = 2 * total_rank + 16 + min((models - 2) * total_rank, _BESIDE)
     rows, columns = min(k, models * n), min(n, models * k)
     q = rows if rows <= 1.25 * wanted else wanted
     p = columns if columns <= 1.25 * wanted else wanted
