@@ -174,7 +174,7 @@ def test_the_loaded_checkpoint_is_not_replaced(models, tmp_path):
 
 
 def test_a_disk_too_small_is_told_beforehand(models, tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 1000})
+    usage = type("Usage", (), {"free": 1000, "total": 10**6})
     monkeypatch.setattr("lib_hypermerge.files.writer.shutil.disk_usage", lambda folder: usage)
     wanted = spec(checkpoint=str(models / "sd15.safetensors"), loras=[str(models / "sd15-lora.safetensors")],
                   out=str(tmp_path / "o"))  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ...lazy import torch
 from .. import svd
 
-_BESIDE = 96  # directions that many models get more
+_BESIDE = 48  # directions that many models get more
 _STEPS = 2  # of power iteration for U: on Δ_m·Vᵀ, which is small, they are cheap
 
 
