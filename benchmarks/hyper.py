@@ -180,7 +180,7 @@ def _plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    counts = list(results["ours"])
+    counts = sorted(results["ours"], key=int)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     bottom = [0.0] * len(counts)
     places = [str(count) for count in counts]
