@@ -61,8 +61,9 @@ def test_memory_is_not_that_of_the_models_and_they_are_read_a_few_times(tmp_path
     few_read, few, answer = counted(many[:3], tmp_path / "few")
     read, most, _ = counted(many, tmp_path / "most")
     again, _, longer = counted(many[:3], tmp_path / "longer", "--tolerance", 0, "--iterations", 20)
-    # a layer's rows and cores of every model are held: in so narrow a model as this, a quarter of it
-    assert most - few < 0.5 * 6 * size / 2**20
+    # a layer's rows and cores of every model are held, and more models get wider cores: in so narrow a model as
+    # this, with ranks of 2 and 1, that is a good half of it
+    assert most - few < 0.9 * 6 * size / 2**20
     imported = 80 << 20
     assert read < 4 * 9 * size + imported
     assert len(longer["loss"]) > len(answer["loss"])
