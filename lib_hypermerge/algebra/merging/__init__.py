@@ -1,0 +1,1 @@
+"""How several changes of one layer become one: without data, from the changes alone."""
