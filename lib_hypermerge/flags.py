@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import SpecError
-from .jobs.spec import CHOICE, CHOICES, FILES, FLAG, INTEGER, LORAS, NUMBER, Param, Spec, read_text
+from .jobs.spec import CHOICE, CHOICES, FLAG, INTEGER, INTEGERS, LORAS, NAME_LISTS, NUMBER, Param, Spec, read_text
 
 _BLOCKS = "blocks"
 _BLOCKS_HELP = (
@@ -52,7 +52,7 @@ def flag_of(name: str, param: Param) -> str:
 
 def is_positional(param: Param, required: bool) -> bool:
     """What a verb is about needs no flag, unless it is given one."""
-    return param.kind == FILES and required and not param.flag
+    return param.kind in NAME_LISTS and required and not param.flag
 
 
 def _has_blocks(spec: type[Spec]) -> bool:
@@ -70,8 +70,10 @@ def _add(parser: argparse.ArgumentParser, name: str, param: Param, required: boo
         parser.add_argument(flag, action="store_const", const=True, **options)
     elif is_positional(param, required):
         parser.add_argument(name, metavar="FILE", nargs="+", help=text)
-    elif param.kind == FILES:  # several behind one flag, or the flag again for each
+    elif param.kind in NAME_LISTS:  # several behind one flag, or the flag again for each
         parser.add_argument(flag, metavar="FILE", nargs="+", action="extend", **options)
+    elif param.kind == INTEGERS:  # by commas, or the flag again for each
+        parser.add_argument(flag, type=_reader(param), metavar="N", nargs=1, action=_ExtendNumbers, **options)
     elif param.kind == LORAS:
         parser.add_argument(flag, metavar=("LORA", "WEIGHT [TE_WEIGHT]"), nargs="+", action=_AppendLora, **options)
     else:
@@ -89,8 +91,17 @@ def _reader(param: Param) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         return read_text(param, text)
 
-    read.__name__ = {INTEGER: "whole number", NUMBER: "number"}.get(param.kind, "text")  # argparse's message shows it
+    names = {INTEGER: "whole number", INTEGERS: "whole number", NUMBER: "number"}
+    read.__name__ = names.get(param.kind, "text")  # argparse's message shows it
     return read
+
+
+class _ExtendNumbers(argparse.Action):
+    """--rank 64 --rank 32, or --rank 64,32."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        held = list(getattr(namespace, self.dest, None) or ())
+        setattr(namespace, self.dest, held + [number for numbers in values for number in numbers or ()])
 
 
 class _AppendLora(argparse.Action):

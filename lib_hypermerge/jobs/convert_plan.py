@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter, flat
-from ..errors import LayoutError
 from ..files.dtypes import ITEMSIZE, OUTPUT_DTYPES
 from ..files.folder_writer import check_folder_target
 from ..files.opening import open_tensors
 from ..files.source import TensorFile, TensorInfo
 from ..files.writer import check_target
-from ..layouts.adapter_file import Entry, open_adapter
+from ..layouts.adapter_file import Entry
 from ..layouts.dialects import parts
 from ..layouts.dialects.peft import CONFIG_NAME
 from ..layouts.module import Model, Module
 from ..layouts.opening import open_checkpoint
-from ..layouts.resolve import nearest, resolve
 from . import convert_rules
-from .adapter_inputs import LoraInput, family_of, find_idle, open_lora
+from .adapter_alone import open_alone, told_shape
+from .adapter_inputs import LoraInput, open_lora
 from .convert_restore import Notes, read
 from .convert_spec import KEEP, KOHYA, PEFT, ConvertSpec
 from .convert_units import Source, Unit, diffusers_names, outs
@@ -126,7 +125,7 @@ def make_plan(spec: ConvertSpec, host: Host) -> AdapterPlan:
     model = None if spec.checkpoint is None else open_checkpoint(host.resolve_checkpoint(spec.checkpoint))
     try:
         if model is None:
-            lora, names = _open_without(path)
+            lora, names = open_alone(path)
         else:
             lora, names = open_lora(path, model), model
         plan = AdapterPlan(spec, output, lora, names, model is not None)
@@ -148,29 +147,6 @@ def make_plan(spec: ConvertSpec, host: Host) -> AdapterPlan:
         plan.close()
         raise
     return plan
-
-
-def _open_without(path: Path) -> tuple[LoraInput, Model]:
-    """A LoRA laid over the architecture that its names tell, without weights. LayoutError if they tell none."""
-    file = open_adapter(path)
-    try:
-        model, share = nearest(file)
-        if model is None:
-            shown = ", ".join(list(file.entries)[:3])
-            raise LayoutError(
-                f"{path.name} is a LoRA for an architecture that Hypermerge does not know.",
-                f"Of its modules, such as {shown}, {share:.0%} have a layer in the nearest one.",
-                "Convert LoRAs for Stable Diffusion 1, 2, XL, 3 and Flux.",
-            )
-        lora = LoraInput(file, resolve(file, model))
-        for entry, _ in lora.resolution.targets:
-            lora.families[entry.key] = family_of(file, entry)
-        convert_rules.refuse_misfits(lora, model)
-        find_idle(lora)
-        return lora, model
-    except BaseException:
-        file.close()
-        raise
 
 
 def _embeddings(lora: LoraInput) -> dict[str, tuple[TensorFile, TensorInfo]]:
@@ -219,7 +195,7 @@ def _shape(plan: AdapterPlan, entry: Entry, family: type[Adapter], target) -> tu
     wanted = target.shape
     if plan.has_weights or family.fits(entry.shapes, wanted):
         return wanted
-    return convert_rules.told_shape(entry.shapes, len(weight.shape)) or wanted
+    return told_shape(entry.shapes, len(weight.shape)) or wanted
 
 
 def counts(plan: AdapterPlan) -> dict[str, int]:

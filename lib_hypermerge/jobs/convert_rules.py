@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from ..adapters.adapter import Shape, flat
+from ..adapters.adapter import flat
 from ..adapters.dora import Dora
 from ..adapters.full import DIFF
-from ..adapters.lora import DOWN, MID, UP
+from ..adapters.lora import DOWN, MID
 from ..algebra import dora
 from ..errors import FormatError, LayoutError, SpecError
-from ..layouts.module import LORA_KINDS, Model, Module
-from .adapter_inputs import LoraInput, idle_warning
+from ..layouts.module import LORA_KINDS, Module
+from .adapter_inputs import idle_warning
 from .convert_spec import DIFFUSERS, KEEP, KOHYA, PEFT, ConvertSpec
 from .convert_units import AXIS, CARRY, NEVER_RUN, PLAIN, Out, Source, Unit, is_absent
 from .outputs import left_behind
@@ -120,19 +119,6 @@ def exact_rank(source: Source) -> int | None:
     return None if low is None else low.rank
 
 
-def told_shape(shapes: Mapping[str, Shape], axes: int) -> Shape | None:
-    """The weight that a LoRA's factors, or a full change, are for; None where it takes the layer to know."""
-    if UP in shapes and DOWN in shapes:
-        shape = (shapes[UP][0], *shapes[DOWN][1:]) if MID not in shapes else (
-            shapes[UP][0], shapes[DOWN][1], *shapes[MID][2:]
-        )  # fmt: skip
-    elif DIFF in shapes:
-        shape = shapes[DIFF]
-    else:
-        return None
-    return shape if len(shape) == axes or axes != 4 else (*shape, 1, 1)
-
-
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -144,34 +130,6 @@ def refuse_swallowing(output: Path, source: Path) -> None:
         inside = False
     if inside:
         raise SpecError(f"The LoRA lies within {output.name}, which would be replaced.", hint="Choose another name.")
-
-
-def refuse_misfits(lora: LoraInput, model: Model) -> None:
-    """FormatError for two modules of one layer; LayoutError where some, but few, are not of their layer's size.
-
-    Many that are not mean a model of another width, whose sizes are not known: then the names alone count.
-    """
-    claimed: dict[tuple[str, str, int], str] = {}
-    misfits = []
-    for entry, target in lora.resolution.targets:
-        other = claimed.setdefault((target.module.component, target.module.path, target.start), entry.key)
-        if other != entry.key:
-            raise FormatError(
-                f"{lora.path.name} names the same layer twice.",
-                f"{other} and {entry.key} are both {target.module.component}.{target.module.path}.",
-                "It mixes LoRAs, perhaps of two architectures: convert them one by one.",
-            )
-        weight = target.module.weight
-        assert weight is not None
-        if not lora.families[entry.key].fits(entry.shapes, (target.stop - target.start, *weight.shape[1:])):
-            misfits.append(entry)
-    if misfits and 2 * len(misfits) < len(lora.resolution.targets):
-        sizes = ", ".join(f"{part} {list(shape)}" for part, shape in misfits[0].shapes.items())
-        raise LayoutError(
-            f"{len(misfits)} modules of {lora.path.name} are not of the size of their layers in {model.title}.",
-            f"{misfits[0].key} has {sizes}.",
-            "The file is damaged, or for another model: name the checkpoint that it was trained on.",
-        )
 
 
 def check(plan: AdapterPlan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -11,10 +12,13 @@ from ..errors import SpecError
 
 S = TypeVar("S", bound="Spec")
 
-# kinds of parameters; lora and checkpoint are a model's name, loras a list of WeightedLora, files names of either
-CHECKPOINT, LORA, LORAS, FILES, OUTPUT, TEXT, INTEGER, NUMBER, CHOICE, CHOICES, FLAG = (
-    "checkpoint", "lora", "loras", "files", "output", "text", "integer", "number", "choice", "choices", "flag",
+# kinds of parameters; lora and checkpoint are a model's name, loras a list of WeightedLora, lora files names of LoRAs,
+# files names of either, integers several numbers
+CHECKPOINT, LORA, LORAS, LORA_FILES, FILES, OUTPUT, TEXT, INTEGER, INTEGERS, NUMBER, CHOICE, CHOICES, FLAG = (
+    "checkpoint", "lora", "loras", "lora files", "files", "output", "text", "integer", "integers", "number", "choice",
+    "choices", "flag",
 )  # fmt: skip
+NAME_LISTS = (FILES, LORA_FILES)
 
 PREVIEW = "preview"  # the field of a verb that can be computed and measured without writing
 
@@ -147,6 +151,8 @@ def read_text(param: Param, text: str) -> Any:
         return int(text)
     if param.kind == NUMBER:
         return float(text)
+    if param.kind == INTEGERS:
+        return [int(item) for item in text.split(",") if item.strip()]
     return [item.strip() for item in text.split(",")] if param.kind == CHOICES else text
 
 
@@ -158,7 +164,7 @@ def _checked(name: str, param: Param, value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or not value:
             raise wrong("must list one or more LoRAs.")
         return tuple(WeightedLora.from_json(item) for item in value)
-    if param.kind == FILES:
+    if param.kind in NAME_LISTS:
         if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, str) and v for v in value):
             raise wrong("must list one or more names.")
         return tuple(value)
@@ -180,9 +186,17 @@ def _checked(name: str, param: Param, value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or not value or any(item not in allowed for item in value):
             raise wrong(f"must list one or more of {', '.join(allowed)}.")
         return tuple(dict.fromkeys(value))
+    if param.kind == INTEGERS:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise wrong("must list one or more whole numbers.")
+        return tuple(_number(param, item, wrong) for item in value)
+    return _number(param, value, wrong)
+
+
+def _number(param: Param, value: Any, wrong: Callable[[str], SpecError]) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
         raise wrong("must be a number.")
-    if param.kind == INTEGER:
+    if param.kind in (INTEGER, INTEGERS):
         if value != int(value):
             raise wrong("must be a whole number.")
         value = int(value)
@@ -213,7 +227,9 @@ def _span(low: float | None, high: float | None) -> str:
     return f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
 
 
-_JSON_TYPES = {INTEGER: "integer", NUMBER: "number", FLAG: "boolean", CHOICES: "array", LORAS: "array", FILES: "array"}
+_JSON_TYPES = {INTEGER: "integer", NUMBER: "number", FLAG: "boolean"} | dict.fromkeys(
+    (INTEGERS, CHOICES, LORAS, *NAME_LISTS), "array"
+)
 _LORA_SCHEMA = {
     "oneOf": [
         {"type": "string"},
@@ -235,13 +251,15 @@ def _schema(param: Param, default: Any) -> dict[str, Any]:
         out["items"] = {"type": "string", "enum": allowed}
     elif param.kind == LORAS:
         out["items"] = _LORA_SCHEMA
-    elif param.kind == FILES:
+    elif param.kind in NAME_LISTS:
         out["items"] = {"type": "string"}
+    elif param.kind == INTEGERS:
+        out["items"] = {"type": "integer"}
     elif allowed:
         out["enum"] = allowed
     for key, bound in zip(("minimum", "maximum"), param.bounds, strict=True):
         if bound is not None:
-            out[key] = bound
+            (out["items"] if param.kind == INTEGERS else out)[key] = bound
     if default is not dataclasses.MISSING:
         out["default"] = list(default) if isinstance(default, tuple) else default
     return out

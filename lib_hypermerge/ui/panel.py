@@ -15,7 +15,7 @@ import gradio as gr
 
 from ..errors import HypermergeError, MissingError, defect
 from ..jobs.runner import QUEUED, RUNNING, Job, Runner, forecast
-from ..jobs.spec import CHECKPOINT, FILES, FLAG, LORA, LORAS, OUTPUT, PREVIEW, has_preview
+from ..jobs.spec import CHECKPOINT, FLAG, LORA, LORAS, NAME_LISTS, OUTPUT, PREVIEW, has_preview
 from ..jobs.verbs import Verb
 from . import html
 from .compat import AT_ONCE, on, update
@@ -59,7 +59,7 @@ class Panel:
         with gr.Column(elem_id=self._id("panel"), elem_classes=["hypermerge-offers-styles"] if styles else []):
             gr.HTML(f"<p>{self.verb.help}</p>")
             # a list of files has a row of its own, for many names stand in it
-            for number, (_, row) in enumerate(itertools.groupby(models, lambda f: params[f].kind == FILES)):
+            for number, (_, row) in enumerate(itertools.groupby(models, lambda f: params[f].kind in NAME_LISTS)):
                 with gr.Row():
                     for field in row:
                         add(field)
@@ -258,7 +258,8 @@ class Panel:
             models = [f for f, p in params.items() if p.kind in MODELS]
             if not all(values[f] for f in models if f in required) or not any(values[f] for f in models):
                 return ""
-            if any(params[f].kind == FILES and f in required and len(values[f]) < params[f].fewest for f in models):
+            lists = [f for f in models if params[f].kind in NAME_LISTS and f in required]
+            if any(len(values[f]) < params[f].fewest for f in lists):
                 return ""
             self._name_if_unnamed(values)
             return self._offers(values) + self._planned(values)

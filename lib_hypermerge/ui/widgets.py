@@ -17,8 +17,11 @@ from ..jobs.spec import (
     FILES,
     FLAG,
     INTEGER,
+    INTEGERS,
     LORA,
+    LORA_FILES,
     LORAS,
+    NAME_LISTS,
     NUMBER,
     OUTPUT,
     Param,
@@ -27,12 +30,13 @@ from ..jobs.spec import (
 )
 from ..jobs.verbs import VERBS
 
-MODELS = (CHECKPOINT, LORA, FILES, LORAS)  # kinds that are chosen from the host's lists
-_UNSAVED = (CHECKPOINT, LORA, FILES, OUTPUT)  # a WebUI stores the defaults of all other controls in ui-config.json
+MODELS = (CHECKPOINT, LORA, *NAME_LISTS, LORAS)  # kinds that are chosen from the host's lists
+# a WebUI stores the defaults of all other controls in ui-config.json
+_UNSAVED = (CHECKPOINT, LORA, *NAME_LISTS, OUTPUT)
 
 NONE = "(none)"  # a dropdown cannot be emptied again, so that what is optional has this choice
 
-Lists = dict[str, list[str]]  # kind of dropdown (CHECKPOINT, LORA, FILES; optional ones) → names to choose from
+Lists = dict[str, list[str]]  # kind of dropdown (CHECKPOINT, LORA, NAME_LISTS; optional ones) → names to choose from
 
 
 @dataclass
@@ -57,7 +61,7 @@ def kind_of_list(param: Param) -> str:
 def lists_of(checkpoints: list[str], loras: list[str]) -> Lists:
     """What every kind of dropdown shows."""
     both = list(dict.fromkeys((*checkpoints, *loras)))
-    lists = {CHECKPOINT: checkpoints, LORA: loras, FILES: both}
+    lists = {CHECKPOINT: checkpoints, LORA: loras, LORA_FILES: loras, FILES: both}
     return lists | {f"optional {kind}": [NONE, *lists[kind]] for kind in (CHECKPOINT, LORA)}
 
 
@@ -86,8 +90,8 @@ def _component(param: Param, default: Any, lists: Lists, common: dict[str, Any])
     if param.kind in (CHECKPOINT, LORA):
         info = param.help if param.optional else None
         return gr.Dropdown(choices=lists[kind_of_list(param)], value=None, info=info, **common)
-    if param.kind == FILES:
-        return gr.Dropdown(choices=lists[FILES], value=[], multiselect=True, info=param.help, **common)
+    if param.kind in NAME_LISTS:
+        return gr.Dropdown(choices=lists[param.kind], value=[], multiselect=True, info=param.help, **common)
     if param.kind == FLAG:
         return gr.Checkbox(value=default, info=param.help, **common)
     if param.kind == CHOICE:
@@ -99,6 +103,8 @@ def _component(param: Param, default: Any, lists: Lists, common: dict[str, Any])
     if param.kind == NUMBER and not param.optional:
         return gr.Number(value=default, info=param.help, **common)
     text = default if isinstance(default, str) else ""
+    if param.kind == INTEGERS:
+        text = ", ".join(map(str, default or ()))
     return gr.Textbox(value=text, placeholder=param.placeholder, info=param.help, max_lines=1, **common)
 
 
@@ -112,7 +118,7 @@ def _meanings(param: Param) -> str:
 
 
 def _single(param: Param, value: Any) -> Any:
-    if isinstance(value, str) and param.kind in (INTEGER, NUMBER):
+    if isinstance(value, str) and param.kind in (INTEGER, INTEGERS, NUMBER):
         return number_of(param.label, value, param)
     return None if value == [] or (value == NONE and param.kind in (CHECKPOINT, LORA)) else value
 
@@ -122,7 +128,7 @@ def number_of(label: str, text: str, param: Param) -> Any:
     try:
         return read_text(param, text)
     except ValueError:
-        kind = "whole number" if param.kind == INTEGER else "number"
+        kind = "number" if param.kind == NUMBER else "whole number"
         raise SpecError(f"{label}: {text!r} is no {kind}.", hint=param.help) from None
 
 
