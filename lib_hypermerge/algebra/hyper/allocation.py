@@ -56,7 +56,7 @@ def plan_ranks(
     view = sample(View(problem.groups), _NUMBERS).view
     limit = max(1, min(_COUNTS[-1], numbers // max(1, prices[0] + beside)))
     if count is None:
-        limit = min(limit, max(1, independent(problem.gram)))
+        limit = min(limit, max(1, independent(problem.gram, _NOISE)))
         counts = sorted({limit, *(k for k in _COUNTS if k < limit)})
     else:
         counts = [min(count, limit)]

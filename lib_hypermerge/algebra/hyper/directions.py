@@ -19,7 +19,7 @@ def main_directions(gram: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([found, found.new_zeros(len(found), max(0, count - found.shape[1]))], 1)
 
 
-def independent(gram: torch.Tensor) -> int:
-    """In how many independent directions the models differ."""
+def independent(gram: torch.Tensor, share: float = 1e-10) -> int:
+    """In how many independent directions the models differ, by more than this share of the largest eigenvalue."""
     values = torch.linalg.eigvalsh(gram)
-    return int((values > 1e-10 * values[-1].clamp_min(0)).sum())
+    return int((values > share * values[-1].clamp_min(0)).sum())

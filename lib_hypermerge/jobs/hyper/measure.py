@@ -13,7 +13,7 @@ from ...algebra.hyper.fitting import fit
 from .finish import Finished
 from .plan import HyperPlan
 from .rest_values import RestValue
-from .solving import UNET, Seen, changes
+from .solving import UNET, Seen, changes, from_origin
 
 
 @dataclass
@@ -136,8 +136,7 @@ def similarity(plan: HyperPlan, seen: Sequence[Seen]) -> dict[str, Any]:
     """Cosines between the models' changes of the mean (or base), over all layers."""
     gram = sum(s.gram for s in seen)
     assert isinstance(gram, torch.Tensor)
-    if plan.inputs.base is None:
-        gram = gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
+    gram = from_origin(plan, gram)
     lengths = gram.diagonal().clamp_min(0).sqrt()
     cosines = gram / (lengths[:, None] * lengths).clamp_min(1e-300)
     cosines.fill_diagonal_(1.0)

@@ -49,11 +49,6 @@ class Remainder:
         return (self.before - self.after) / rest_error2 if rest_error2 > 0 else 0.0
 
 
-def module_names(rests: Sequence[Rest], spec: HyperSpec) -> list[str]:
-    """The modules that such a file may change, by their names in it."""
-    return [own[0].module.name for own in _groups(rests, spec) if own[0].module is not None and own[0].module.name]
-
-
 def make(
     inputs: Inputs, spec: HyperSpec, rests: Sequence[Rest], values: RestValues, paths: dict[str, Path], hyper: str,
     write: bool, check: Callable[[], None] = lambda: None,

@@ -77,6 +77,8 @@ class Sketcher:
             return Sketch(layer, None, torch.empty(0), gram, centre)
         basis = None if omega is None else bases.orthonormal(Z).to(self.dtype)
         cores = self._cores(layer, basis, low, device, p, q).cpu()
+        if float(gram.trace()) <= M * _ROUNDING * centre:
+            cores, gram = torch.zeros_like(cores), torch.zeros_like(gram)
         return Sketch(layer, None if basis is None else basis.cpu(), cores, gram, centre, fell_back)
 
     def _cheap(self, layer: Layer, q: int, device: str) -> bool:

@@ -88,9 +88,14 @@ def total_of(plan: HyperPlan, gram: torch.Tensor) -> float:
 
 def changes(plan: HyperPlan, gram: torch.Tensor) -> torch.Tensor:
     """(M,) ‖W_m − base‖², or ‖W_m − mean‖² of the plain mean, from a Gram matrix of differences to any centre."""
-    if plan.inputs.base is None:
-        gram = gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
-    return gram.diagonal().clamp_min(0)
+    return from_origin(plan, gram).diagonal().clamp_min(0)
+
+
+def from_origin(plan: HyperPlan, gram: torch.Tensor) -> torch.Tensor:
+    """(M, M): the Gram matrix of differences to the base, or to the plain mean, from that of those to any centre."""
+    if plan.inputs.base is not None:
+        return gram
+    return gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
 
 
 def _layer_weights(plan: HyperPlan, seen: Sequence[Seen]) -> list[float]:
