@@ -1,35 +1,17 @@
 """Matrices that are given as products: sums, norms, spectra and best approximations without ever forming n×k.
 
-All in float64. With up = Q_B·R_B and downᵀ = Q_A·R_A (QR), up·down = Q_B·(R_B·R_Aᵀ)·Q_Aᵀ: the small core has its
-singular values, and cutting the core's SVD is the best approximation of the whole (Eckart and Young).
+All in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from ..lazy import torch
-from .lowrank import Factors, check_range, least_squares, signs_of
+from .core import core_of
+from .lowrank import Factors
+from .lowrank import LowRank as LowRank  # by this name the rest of the house knows it
 from .rank import by_energy
-
-_NOISE = 1e-15  # of float64: singular values below this share of the factors' norms are nothing but rounding
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A (n, k) = scale · up · down with up (n, r), down (r, k).
-
-    The two may be of different dtypes: a factor that stands in a file is as stored.
-    """
-
-    up: torch.Tensor
-    down: torch.Tensor
-    scale: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
 
 
 def weighted_sum(terms: Iterable[tuple[float, LowRank]]) -> LowRank:
@@ -56,9 +38,7 @@ def norm(a: LowRank) -> float:
 
 def singular_values(a: LowRank) -> torch.Tensor:
     """All min(r, n, k) of them, (m,) float64 on the CPU, descending; those behind A's rank are rounding noise."""
-    left = torch.linalg.qr(a.up.double(), mode="r").R
-    right = torch.linalg.qr(a.down.double().mT, mode="r").R
-    return abs(a.scale) * torch.linalg.svdvals(left @ right.mT).cpu()
+    return core_of(a).S
 
 
 def compress(
@@ -71,42 +51,8 @@ def compress(
     least squares against the rounded first, so rounding the first costs nothing, and error2 is measured as rounded.
     Raises NumericalError if dtype cannot hold the numbers.
     """
-    dtype = dtype or torch.float32
-    left, RB = torch.linalg.qr(a.up.double())
-    right, RA = torch.linalg.qr(a.down.double().mT)
-    U, S, Vh = torch.linalg.svd(a.scale * (RB @ RA.mT), full_matrices=False)
-    total = float(S.square().sum())
-    noise = _NOISE * abs(a.scale) * float(torch.linalg.matrix_norm(RB) * torch.linalg.matrix_norm(RA))
-    r = int((noise < S).sum())
+    core = core_of(a)
     if energy is not None:
-        r = min(r, by_energy(S.cpu(), total, energy, complete=True) or r)
-    r = max(1, r if rank is None else min(r, rank))
-    half = S[:r].sqrt()
-    up, down = left @ (U[:, :r] * half), (half[:, None] * Vh[:r]) @ right.mT
-    alive = up.to(dtype).any(0)  # not too small for dtype
-    r = max(1, int(alive.int().cumprod(0).sum()))
-    up, down = up[:, :r], down[:r]
-    first, second = _rounded(up, down, dtype)
-    tail = LowRank(left @ (U[:, r:] * S[r:]), Vh[r:] @ right.mT)
-    # up·down − first·second, each summand small by itself, so that its norm comes out precise
-    rest = ((1.0, tail), (1.0, LowRank(up - first.double(), second)), (1.0, LowRank(up, down - second.double())))
-    signs = signs_of(first)
-    return Factors(
-        (first * signs).cpu().contiguous(),
-        (second * signs[:, None]).cpu().contiguous(),
-        S[:r].cpu(),
-        norm(weighted_sum(rest)) ** 2,
-        total,
-    )
-
-
-def _rounded(up: torch.Tensor, down: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """up in dtype, and the down in dtype that goes best with it."""
-    first = up.to(dtype)
-    check_range(first, dtype)
-    wide = first.double()
-    if dtype != torch.float64 and wide.any():
-        down = least_squares(wide.mT @ wide, wide.mT @ up @ down)
-    second = down.to(dtype)
-    check_range(second, dtype)
-    return first, second
+        enough = by_energy(core.S, core.energy, energy, complete=True) or core.rank
+        rank = enough if rank is None else min(rank, enough)
+    return core.factors(rank, dtype)

@@ -16,6 +16,22 @@ _ORDINARY = (1e-20, 1e20)  # energies outside are rescaled: float32 could not ho
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A (n, k) = scale · up · down with up (n, r), down (r, k).
+
+    The two may be of different dtypes: a factor that stands in a file is as stored.
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True)
 class Factors:
     """A ≈ up · down with up (n, r) and down (r, k) in the output's dtype, on the CPU, ordered by S.
 

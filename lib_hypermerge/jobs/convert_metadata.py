@@ -9,6 +9,7 @@ from ..files.metadata import lora_metadata
 from ..layouts.dialects.peft import DIFFUSERS_METADATA
 from .convert_plan import AdapterPlan
 from .convert_spec import KEEP, KOHYA
+from .convert_units import REFIT
 from .outputs import RECIPE, STALE, recipe
 
 _OF_THE_NETWORK = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
@@ -23,7 +24,7 @@ def lora_texts(plan: AdapterPlan, ranks: dict[str, int], conv_ranks: dict[str, i
     lora = plan.lora.file.file
     kept = {key: text for key, text in lora.metadata.items() if key not in STALE and not _is_foreign(key, text)}
     parents = {"lora": lora} | ({"checkpoint": plan.model.file} if plan.has_weights else {})
-    own = {RECIPE: recipe(plan.spec, parents, **more)}
+    own = {RECIPE: recipe(plan.asked or plan.spec, parents, without=("loras", "pattern"), **more)}
     if plan.spec.to != KOHYA:
         return {"format": "pt"} | kept | own
     name = plan.output.stem
@@ -31,8 +32,9 @@ def lora_texts(plan: AdapterPlan, ranks: dict[str, int], conv_ranks: dict[str, i
     usual = lora_metadata(
         name=name, base=plan.model.base, base_file=base_file, ranks=ranks, conv_ranks=conv_ranks, recipe={}
     )
-    usual["ss_training_comment"] = "converted by Hypermerge"
-    if set(plan.lora.counts) - {"lora", "norm"} and plan.spec.family == KEEP:
+    usual["ss_training_comment"] = f"{plan.made} by Hypermerge"
+    is_plain = plan.spec.family != KEEP and not any(unit.how == REFIT for unit in plan.units)
+    if set(plan.lora.counts) - {"lora", "norm"} and not is_plain:
         usual["ss_network_module"] = "lycoris.kohya"
     if not base_file:
         del usual["ss_sd_model_name"]

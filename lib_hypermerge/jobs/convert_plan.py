@@ -27,6 +27,7 @@ from .convert_spec import KEEP, KOHYA, PEFT, ConvertSpec
 from .convert_units import Source, Unit, diffusers_names, outs
 from .host import Host
 from .outputs import read_recipe, refuse_inputs
+from .spec import Spec
 
 _PROCESS_BYTES = 320 << 20  # Python with torch, about
 EMBEDDINGS = "embeddings.safetensors"  # bundled ones, in a PEFT folder
@@ -37,8 +38,9 @@ FOLDER_MARKS = (*parts.FOLDERS, CONFIG_NAME)
 class AdapterPlan:
     """Holds all files open; use as a context or close() it.
 
-    model: the checkpoint, or only the names of its architecture.  units: what is written.  verbatim: kohya's modules
-    that no layer answers to, carried over as they are.  left_out: what the result cannot say → keys.
+    spec: what is done.  model: the checkpoint, or only the names of its architecture.  units: what is written.
+    verbatim: kohya's modules that no layer answers to, carried over as they are.  left_out: what the result cannot
+    say → keys.
     """
 
     spec: ConvertSpec
@@ -52,6 +54,8 @@ class AdapterPlan:
     notes: Notes = field(default_factory=Notes)
     kohya_keys: dict[tuple[str, str], str] = field(default_factory=dict)  # (component, path) → the key in a kohya file
     embeddings: dict[str, tuple[TensorFile, TensorInfo]] = field(default_factory=dict)  # bundled ones
+    asked: Spec | None = None  # what the recipe tells, where that is not spec
+    made: str = "converted"
     warnings: list[str] = field(default_factory=list)
     begun: float = field(default_factory=time.perf_counter)
 
@@ -136,8 +140,7 @@ def make_plan(spec: ConvertSpec, host: Host) -> AdapterPlan:
     try:
         refuse_inputs(output, [path, *([model.file.path] if model else [])], host)
         convert_rules.refuse_swallowing(output, path)
-        plan.embeddings = _embeddings(lora)
-        _plan_units(plan)
+        plan_units(plan)
         convert_rules.check(plan)
         if spec.to == PEFT:
             check_folder_target(output, plan.bytes_at(spec.rank or 32), spec.overwrite, FOLDER_MARKS)
@@ -159,7 +162,9 @@ def _embeddings(lora: LoraInput) -> dict[str, tuple[TensorFile, TensorInfo]]:
     return found | {name: (lora.file.file, info) for name, info in lora.file.embeddings.items()}
 
 
-def _plan_units(plan: AdapterPlan) -> None:
+def plan_units(plan: AdapterPlan) -> None:
+    """Find out what becomes of each module."""
+    plan.embeddings = _embeddings(plan.lora)
     groups: dict[tuple[str, str], tuple[Module, list[Source]]] = {}
     for entry, target in plan.lora.resolution.targets:
         module, family = target.module, plan.lora.families[entry.key]
@@ -180,7 +185,7 @@ def _plan_units(plan: AdapterPlan) -> None:
     plan.units.sort(key=lambda unit: (unit.how == "carry", -unit.numel, unit.outs[0].name))
     lost = list(plan.lora.resolution.unmatched)
     lost += [key for keys in plan.lora.resolution.absent.values() for key in keys]
-    if plan.spec.to == KOHYA and plan.lora.file.dialect == parts.KOHYA and plan.spec.family == KEEP:
+    if plan.spec.to == KOHYA and plan.lora.file.dialect == parts.KOHYA and (plan.spec.family == KEEP or plan.asked):
         plan.verbatim = [plan.lora.file.entries[key] for key in lost]
     elif lost:
         plan.left_out["without a layer"] = lost

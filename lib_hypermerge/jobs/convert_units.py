@@ -13,7 +13,7 @@ from ..layouts.dialects.diffusers_transformers import Piece
 from ..layouts.module import LORA_KINDS, Module
 from .convert_spec import KOHYA
 
-CARRY, PLAIN, AXIS = "carry", "plain", "axis"
+CARRY, PLAIN, AXIS, REFIT = "carry", "plain", "axis", "refit"
 _ABSENT = {"sd2": "transformer.resblocks.23."}  # diffusers drops SD2's last text layer, which no image depends on
 NEVER_RUN = "text layer 23"
 
@@ -45,7 +45,8 @@ class Out:
 
 @dataclass(frozen=True)
 class Unit:
-    """One layer. how: carried over, turned into a plain LoRA, or given magnitudes along the other axis."""
+    """One layer. how: carried over, turned into a plain LoRA, given magnitudes along the other axis, or magnitudes
+    that fit a smaller LoRA."""
 
     module: Module
     sources: tuple[Source, ...]

@@ -18,6 +18,7 @@ from ..algebra import folding
 from ..errors import NumericalError
 from ..files.folder_writer import FolderWriter
 from ..files.metadata import with_hashes
+from ..files.unnamed import UnnamedFile
 from ..files.writer import SafetensorsWriter, Written, header_bytes
 from ..layouts.dialects import peft
 from ..layouts.module import CONV, Module
@@ -63,17 +64,26 @@ class Sink(Protocol):
 
     def add(self, out: Out, module: Module | None, tensors: Tensors) -> None: ...
 
+    def seal(self) -> list[UnnamedFile]:
+        """All that takes time or can fail, but for the names. A folder has no such files: it is there by commit()."""
+        ...
+
     def commit(self) -> list[Written]: ...
 
 
 @contextlib.contextmanager
-def open_sink(plan: AdapterPlan, tally: Tally, run: Run) -> Iterator[Sink]:
-    """The writer of the dialect that was asked for; leaving it without commit() leaves nothing behind."""
-    if plan.spec.to == DIFFUSERS:
-        yield _DiffusersFile(plan, tally, run)
-        return
+def open_sink(plan: AdapterPlan, tally: Tally, run: Run, reserve: int | None = None) -> Iterator[Sink]:
+    """The writer of the dialect that was asked for; leaving it without commit() leaves nothing behind.
+
+    reserve: bytes of the header, where they are known; else as many as there could be.
+    """
     with contextlib.ExitStack() as stack:
-        yield _PeftFolder(plan, tally, stack) if plan.spec.to == PEFT else _KohyaFile(plan, tally, stack)
+        if plan.spec.to == DIFFUSERS:
+            yield _DiffusersFile(plan, tally, run, stack)
+        elif plan.spec.to == PEFT:
+            yield _PeftFolder(plan, tally, stack)
+        else:
+            yield _KohyaFile(plan, tally, stack, reserve)
 
 
 def _metadata(plan: AdapterPlan, tally: Tally, notes: Notes | None = None) -> dict[str, str]:
@@ -82,34 +92,44 @@ def _metadata(plan: AdapterPlan, tally: Tally, notes: Notes | None = None) -> di
 
 
 class _KohyaFile:
-    def __init__(self, plan: AdapterPlan, tally: Tally, stack: contextlib.ExitStack):
+    def __init__(self, plan: AdapterPlan, tally: Tally, stack: contextlib.ExitStack, reserve: int | None):
         self.plan, self.tally = plan, tally
+        if reserve is None:
+            reserve = self._most()
+        self.writer = stack.enter_context(SafetensorsWriter(plan.output, reserve, plan.spec.overwrite))
+
+    def _most(self) -> int:
+        plan = self.plan
         names = [out.name for unit in plan.units for out in unit.outs] + [entry.key for entry in plan.verbatim]
         most = max((len(source.entry.parts) for unit in plan.units for source in unit.sources), default=3) + 2
         most = max(most, *(len(entry.parts) for entry in plan.verbatim), 5)
         reserve = sum(most * (len(name.encode()) + 18 + _ENTRY) for name in names) + _SLACK
-        reserve += sum(len(_embedding_name(name).encode()) + _ENTRY for name in plan.embeddings)
-        reserve += len(header_bytes({}, _metadata(plan, tally)))
-        self.writer = stack.enter_context(SafetensorsWriter(plan.output, reserve, plan.spec.overwrite))
+        reserve += sum(len(embedding_name(name).encode()) + _ENTRY for name in plan.embeddings)
+        return reserve + len(header_bytes({}, _metadata(plan, self.tally)))
 
     def add(self, out: Out, module: Module | None, tensors: Tensors) -> None:
         self.tally.count(out.name, module, tensors)
         for part, tensor in tensors.items():
             self.writer.add(f"{out.name}.{part}", tensor)
 
-    def commit(self) -> list[Written]:
+    def seal(self) -> list[UnnamedFile]:
         for name, (file, info) in self.plan.embeddings.items():
-            self.writer.add(_embedding_name(name), _embedding(name, file.read(info)))
+            self.writer.add(embedding_name(name), embedding(name, file.read(info)))
         texts = _metadata(self.plan, self.tally)
-        return [self.writer.commit(lambda data, legacy: with_hashes(texts, data, legacy))]
+        self.writer.seal(lambda data, legacy: with_hashes(texts, data, legacy))
+        return [self.writer]
+
+    def commit(self) -> list[Written]:
+        self.seal()
+        return [self.writer.publish()]
 
 
-def _embedding_name(name: str) -> str:
+def embedding_name(name: str) -> str:
     """The name of a bundled embedding's tensor in kohya's files; cloneofsimo's `<token>` has none yet."""
     return name if name.startswith("bundle_emb.") else f"bundle_emb.{name.strip('<>')}.string_to_param.*"
 
 
-def _embedding(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def embedding(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """cloneofsimo's single vectors as the rows that a bundled embedding has."""
     return tensor[None] if tensor.dim() == 1 and not name.startswith("bundle_emb.") else tensor
 
@@ -121,8 +141,8 @@ class _DiffusersFile:
     makes all float32. Of a rank, because diffusers 0.31 scales all modules by the alpha of the first one's rank.
     """
 
-    def __init__(self, plan: AdapterPlan, tally: Tally, run: Run):
-        self.plan, self.tally, self.run = plan, tally, run
+    def __init__(self, plan: AdapterPlan, tally: Tally, run: Run, stack: contextlib.ExitStack):
+        self.plan, self.tally, self.run, self.stack = plan, tally, run, stack
         self.modules: list[tuple[Out, Module | None, Tensors]] = []
         self.attentive: set[str] = set()  # components with layers of attention
 
@@ -132,6 +152,9 @@ class _DiffusersFile:
             self.attentive.add(_component(out))
 
     def commit(self) -> list[Written]:
+        return [file.publish() for file in self.seal()]
+
+    def seal(self) -> list[UnnamedFile]:
         keep = self.plan.spec.dtype == KEEP
         stored = {tensors[part].dtype for _, _, tensors in self.modules for part in (UP, DOWN)}
         common = functools.reduce(torch.promote_types, stored)
@@ -160,10 +183,11 @@ class _DiffusersFile:
         texts = _metadata(self.plan, self.tally, notes)
         entries = {k: {"dtype": "BF16", "shape": list(t.shape), "data_offsets": [10**11] * 2} for k, t in named}
         reserve = len(header_bytes(entries, texts)) + _SLACK
-        with SafetensorsWriter(self.plan.output, reserve, self.plan.spec.overwrite) as writer:
-            for key, tensor in named:
-                writer.add(key, tensor)
-            return [writer.commit(lambda data, legacy: texts)]
+        writer = self.stack.enter_context(SafetensorsWriter(self.plan.output, reserve, self.plan.spec.overwrite))
+        for key, tensor in named:
+            writer.add(key, tensor)
+        writer.seal(lambda data, legacy: texts)
+        return [writer]
 
     def _named(self, out: Out, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
         # diffusers 0.31 takes text encoders' layers by PEFT's names only where attention is among them
@@ -225,6 +249,9 @@ class _PeftFolder:
             self.notes.kinds[out.name] = kind_of(tensors)
         _note_name(self.notes, self.plan, out, module)
 
+    def seal(self) -> list[UnnamedFile]:
+        return []
+
     def commit(self) -> list[Written]:
         if len(self.notes.kinds) < self.tally.modules:
             self.notes.kinds = {}
@@ -242,10 +269,10 @@ class _PeftFolder:
 
     def _write_embeddings(self) -> Written:
         found = self.plan.embeddings
-        reserve = sum(len(_embedding_name(name).encode()) + _ENTRY for name in found) + _SLACK
+        reserve = sum(len(embedding_name(name).encode()) + _ENTRY for name in found) + _SLACK
         with SafetensorsWriter(self.folder.folder("") / EMBEDDINGS, reserve) as writer:
             for name, (file, info) in found.items():
-                writer.add(_embedding_name(name), _embedding(name, file.read(info)))
+                writer.add(embedding_name(name), embedding(name, file.read(info)))
             return writer.commit(lambda data, legacy: {"format": "pt"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,12 @@ def left_behind(file: TensorFile) -> list[str]:
     return [f"Left out, as only the state dict is kept: {', '.join(names[:_FEW])}{more}."] if names else []
 
 
-def recipe(spec: Spec, parents: dict[str, TensorFile], **more: Any) -> str:
-    """The text under `hypermerge`: job, parameters, parents with the recipes that they carry themselves."""
-    names = {*parents, "out", "overwrite"}
+def recipe(spec: Spec, parents: dict[str, TensorFile], without: Collection[str] = (), **more: Any) -> str:
+    """The text under `hypermerge`: job, parameters, parents with the recipes that they carry themselves.
+
+    without: parameters that are left out, as what the parents are called is, and where the result goes.
+    """
+    names = {*parents, "out", "overwrite", *without}
     parameters = {key: value for key, value in spec.to_json().items() if key not in names and value is not None}
     table = {
         "version": __version__, "job": spec.verb, "parameters": parameters,

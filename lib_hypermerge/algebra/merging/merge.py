@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ...errors import NumericalError, SpecError
 from ...lazy import torch
 from ..factored import LowRank, weighted_sum
-from .methods import METHODS
+from . import aligned, breadcrumbs, dropping, isotropic, knots, projection, ties, tsv
+from .methods import FACTORED, METHODS
+from .singular import factors_of
 
 
 def merge(
@@ -20,15 +23,27 @@ def merge(
 ) -> LowRank | torch.Tensor:
     """One change of the layer from its terms (weight, change), at least one, all of the same n and k.
 
-    A change is a LowRank or a whole matrix (n, k) float32, which is left as it was.  Returns a LowRank in float64, or
-    a matrix (n, k) float32 where the method or a term needs one.
-    Raises SpecError for an unknown method, NumericalError for numbers that are not finite.
+    A change is a LowRank or a whole matrix (n, k) float32, which is left as it was; a method for factors makes factors
+    of it (`singular.factors_of` says at what cost), one for whole matrices multiplies a LowRank out. The weighted sum
+    has use for both.  density and energy: above 0 and up to 1.  seed: the layer's own.
+    Returns a LowRank in float64 of at least one column, or a matrix (n, k) float32.
+    Raises SpecError for a method or parameter that is not one, NumericalError for numbers that are not finite.
     """
-    if method not in METHODS:
-        raise SpecError(f"There is no method {method!r}.", hint=f"Methods are {', '.join(METHODS)}.")
+    _check(method, density, energy)
     for weight, change in terms:
-        _check(weight, change)
-    return linear(terms)
+        _check_finite(weight, change)
+    first = terms[0]
+    kept = [term for term in terms if term[0] != 0]
+    if not kept or (METHODS[method].first_is_special and first[0] == 0):
+        return _zero(first[1])
+    if method == "linear":
+        return linear(kept)
+    if METHODS[method].kind == FACTORED:
+        low = [(weight, change if isinstance(change, LowRank) else factors_of(change)) for weight, change in kept]
+        result = _factored(method, low, density, energy)
+        return result if result.rank else _zero(result)
+    whole = [_whole(change) if isinstance(change, LowRank) else change for _, change in kept]
+    return _dense(method, whole, [weight for weight, _ in kept], density, seed)
 
 
 def linear(terms: Sequence[tuple[float, LowRank | torch.Tensor]]) -> LowRank | torch.Tensor:
@@ -45,11 +60,56 @@ def linear(terms: Sequence[tuple[float, LowRank | torch.Tensor]]) -> LowRank | t
     return total
 
 
-def _check(weight: float, change: LowRank | torch.Tensor) -> None:
+def _factored(method: str, terms: list[tuple[float, LowRank]], density: float, energy: float | None) -> LowRank:
+    if method == "knots":
+        return knots.knots(terms, density)
+    if method == "tsv":
+        return tsv.tsv(terms, energy)
+    if method == "iso-c":
+        return isotropic.iso_c(terms, energy)
+    if method == "iso-cts":
+        return isotropic.iso_cts(terms, energy)
+    if method == "aligned":
+        return aligned.aligned(terms)
+    weight, first = terms[0]
+    project = projection.without if method == "without" else projection.shared
+    return weighted_sum([(weight, project(first, [change for _, change in terms[1:]], energy))])
+
+
+def _dense(method: str, deltas: list[torch.Tensor], weights: list[float], density: float, seed: int) -> torch.Tensor:
+    if method == "ties":
+        return ties.ties(deltas, weights, density)
+    if method == "breadcrumbs":
+        return breadcrumbs.breadcrumbs(deltas, weights, density)
+    if method == "della":
+        return dropping.della(deltas, weights, density, seed)
+    return dropping.dare(deltas, weights, density, seed, elect=method == "dare-ties")
+
+
+def _whole(change: LowRank) -> torch.Tensor:
+    return (change.up.float() * change.scale) @ change.down.float()
+
+
+def _zero(change: LowRank | torch.Tensor) -> LowRank | torch.Tensor:
+    if not isinstance(change, LowRank):
+        return torch.zeros_like(change)
+    up, down = change.up, change.down
+    return LowRank(up.new_zeros(up.shape[0], 1).double(), down.new_zeros(1, down.shape[1]).double())
+
+
+def _check(method: str, density: float, energy: float | None) -> None:
+    if method not in METHODS:
+        raise SpecError(f"There is no method {method!r}.", hint=f"Methods are {', '.join(METHODS)}.")
+    for name, value in (("density", density), ("energy", energy)):
+        if value is not None and not 0 < value <= 1:
+            raise SpecError(f"The {name} is {value}.", "It is a share.", "Choose one above 0 and up to 1.")
+
+
+def _check_finite(weight: float, change: LowRank | torch.Tensor) -> None:
     parts = (change.up, change.down) if isinstance(change, LowRank) else (change,)
-    if not all(bool(part.isfinite().all()) for part in parts):
+    if not math.isfinite(weight) or not all(bool(part.isfinite().all()) for part in parts):
         raise NumericalError(
-            "A LoRA holds numbers that are not finite.",
+            "A change to be merged holds numbers that are not finite.",
             "Its training diverged, or its file is damaged.",
-            "Leave this LoRA out.",
+            "Leave it out.",
         )
