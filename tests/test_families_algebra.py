@@ -110,12 +110,14 @@ class TestMagnitudes:
             U, S, Vh = torch.linalg.svd(change.flatten(1), full_matrices=False)
             return ((U[:, :rank] * S[:rank]) @ Vh[:rank]).reshape(change.shape)
 
-        change, m = dora.fit(base, tuned, truncate, axis)
+        fit = dora.fit(base, tuned, truncate, axis)
+        change, m = fit.change, fit.magnitudes
         assert torch.linalg.matrix_rank(change.flatten(1)) <= rank
         error = (tuned - dora.recompose(base + change, m, axis)).norm()
         plain = truncate(tuned - base)
         once = dora.recompose(base + plain, dora.magnitudes(base + plain, tuned, axis), axis)
         assert error <= (tuned - once).norm() + 1e-9 <= (tuned - base - plain).norm() + 2e-9
+        assert fit.error2 == pytest.approx(float(error) ** 2, rel=1e-9, abs=1e-20)
 
     def test_a_weight_that_was_only_rescaled_is_found_again(self):
         base = tensor(normal(0, 10, 6))
@@ -128,8 +130,8 @@ class TestMagnitudes:
             return (U[:, :1] * S[:1]) @ Vh[:1]
 
         plain = (tuned - base - truncate(tuned - base)).norm()
-        change, found = dora.fit(base, tuned, truncate, dora.OUTPUT, steps=60)
-        assert (tuned - dora.recompose(base + change, found, dora.OUTPUT)).norm() < 0.2 * plain
+        fit = dora.fit(base, tuned, truncate, dora.OUTPUT, steps=60)
+        assert (tuned - dora.recompose(base + fit.change, fit.magnitudes, dora.OUTPUT)).norm() < 0.2 * plain
 
 
 class TestFrozenFoura:

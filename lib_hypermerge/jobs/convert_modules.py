@@ -204,28 +204,23 @@ class ModuleWork:
         if bool(ratio.max() - ratio.min() <= _ONE_RATIO * ratio.max()):  # as if there were one magnitude for all
             made = dora.norms(goal, axis).to(magnitudes.dtype)
             out.methods.append("the same factors")
-            out.error2 += _missed(goal, V, made, axis)
+            out.error2 += dora.missed(V, made.to(V.dtype), goal, axis)
             return inner | {SCALE: made}
-        tried: list[tuple[torch.Tensor, Factors]] = []
+        tried: list[Factors] = []
         own = source.family.rank(source.entry.shapes)
         rank = self._rank(_matrix(goal - W, source), own)
 
         def truncate(change: torch.Tensor) -> torch.Tensor:
             matrix = _matrix(change, source)
             factors = factorise(matrix, decompose(matrix, rank), rank, magnitudes.dtype)
-            tried.append(((factors.up.double() @ factors.down.double()).reshape(W.shape), factors))
-            return tried[-1][0]
+            tried.append(factors)
+            return (factors.up.double() @ factors.down.double()).reshape(W.shape)
 
-        change, m = dora.fit(W, goal, truncate, axis)
-        factors = next(factors for made, factors in tried if made is change)
-        m = m.to(magnitudes.dtype)
+        fit = dora.fit(W, goal, truncate, axis)
+        m = fit.magnitudes.to(magnitudes.dtype)
         out.methods.append("fitted")
-        out.error2 += _missed(goal, W + change, m, axis)
-        return self._factors(source, factors) | {SCALE: m} | {k: v for k, v in inner.items() if k == BIAS}
-
-
-def _missed(goal: torch.Tensor, V: torch.Tensor, magnitudes: torch.Tensor, axis: int) -> float:
-    return float((dora.recompose(V, magnitudes.to(V.dtype), axis) - goal).square().sum())
+        out.error2 += dora.missed(W + fit.change, m.to(W.dtype), goal, axis)
+        return self._factors(source, tried[fit.turn]) | {SCALE: m} | {k: v for k, v in inner.items() if k == BIAS}
 
 
 def _are_finite(tensors: Tensors) -> bool:
