@@ -3,14 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ...errors import NumericalError, SpecError
 from ...lazy import torch
 from ..factored import LowRank, weighted_sum
-from . import aligned, breadcrumbs, dropping, isotropic, knots, projection, ties, tsv
+from .aligned import aligned
+from .breadcrumbs import breadcrumbs
+from .dropping import dare, della
+from .isotropic import iso_c, iso_cts
+from .knots import knots
 from .methods import FACTORED, METHODS
+from .projection import shared, without
 from .singular import factors_of
+from .ties import ties
+from .tsv import tsv
+
+
+@dataclass(frozen=True)
+class _Options:
+    density: float
+    seed: int
+    energy: float | None
+
+
+def _projected(project: Callable[..., LowRank], terms: list[tuple[float, LowRank]], energy: float | None) -> LowRank:
+    weight, first = terms[0]
+    return weighted_sum([(weight, project(first, [change for _, change in terms[1:]], energy))])
+
+
+_FACTORED: dict[str, Callable[[list[tuple[float, LowRank]], _Options], LowRank]] = {
+    "knots": lambda terms, use: knots(terms, use.density),
+    "tsv": lambda terms, use: tsv(terms, use.energy),
+    "iso-c": lambda terms, use: iso_c(terms, use.energy),
+    "iso-cts": lambda terms, use: iso_cts(terms, use.energy),
+    "aligned": lambda terms, use: aligned(terms),
+    "without": lambda terms, use: _projected(without, terms, use.energy),
+    "shared": lambda terms, use: _projected(shared, terms, use.energy),
+}
+_DENSE: dict[str, Callable[[list[torch.Tensor], list[float], _Options], torch.Tensor]] = {
+    "ties": lambda deltas, weights, use: ties(deltas, weights, use.density),
+    "dare": lambda deltas, weights, use: dare(deltas, weights, use.density, use.seed),
+    "dare-ties": lambda deltas, weights, use: dare(deltas, weights, use.density, use.seed, elect=True),
+    "della": lambda deltas, weights, use: della(deltas, weights, use.density, use.seed),
+    "breadcrumbs": lambda deltas, weights, use: breadcrumbs(deltas, weights, use.density),
+}
 
 
 def merge(
@@ -38,12 +76,13 @@ def merge(
         return _zero(first[1])
     if method == "linear":
         return linear(kept)
+    options = _Options(density, seed, energy)
     if METHODS[method].kind == FACTORED:
         low = [(weight, change if isinstance(change, LowRank) else factors_of(change)) for weight, change in kept]
-        result = _factored(method, low, density, energy)
+        result = _FACTORED[method](low, options)
         return result if result.rank else _zero(result)
     whole = [_whole(change) if isinstance(change, LowRank) else change for _, change in kept]
-    return _dense(method, whole, [weight for weight, _ in kept], density, seed)
+    return _DENSE[method](whole, [weight for weight, _ in kept], options)
 
 
 def linear(terms: Sequence[tuple[float, LowRank | torch.Tensor]]) -> LowRank | torch.Tensor:
@@ -58,32 +97,6 @@ def linear(terms: Sequence[tuple[float, LowRank | torch.Tensor]]) -> LowRank | t
     for weight, change in low:
         total.addmm_(change.up.float(), change.down.float(), alpha=weight * change.scale)
     return total
-
-
-def _factored(method: str, terms: list[tuple[float, LowRank]], density: float, energy: float | None) -> LowRank:
-    if method == "knots":
-        return knots.knots(terms, density)
-    if method == "tsv":
-        return tsv.tsv(terms, energy)
-    if method == "iso-c":
-        return isotropic.iso_c(terms, energy)
-    if method == "iso-cts":
-        return isotropic.iso_cts(terms, energy)
-    if method == "aligned":
-        return aligned.aligned(terms)
-    weight, first = terms[0]
-    project = projection.without if method == "without" else projection.shared
-    return weighted_sum([(weight, project(first, [change for _, change in terms[1:]], energy))])
-
-
-def _dense(method: str, deltas: list[torch.Tensor], weights: list[float], density: float, seed: int) -> torch.Tensor:
-    if method == "ties":
-        return ties.ties(deltas, weights, density)
-    if method == "breadcrumbs":
-        return breadcrumbs.breadcrumbs(deltas, weights, density)
-    if method == "della":
-        return dropping.della(deltas, weights, density, seed)
-    return dropping.dare(deltas, weights, density, seed, elect=method == "dare-ties")
 
 
 def _whole(change: LowRank) -> torch.Tensor:

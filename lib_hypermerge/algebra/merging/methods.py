@@ -50,7 +50,7 @@ _ALL = (
         "TIES",
         "Yadav et al. 2023, arXiv 2306.01708",
         DENSE,
-        "Keeps LoRAs that contradict each other from cancelling out; it averages, so the effect is weaker than the sum.",
+        "Keeps LoRAs that contradict each other from cancelling out; it averages, so it is weaker than the sum.",
         (DENSITY,),
         MEAN,
         "full",
