@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..files.opening import CHECKPOINT_SUFFIXES
 
+_WILD = re.compile(r"[*?\[]")
 _SHARDS = ".safetensors.index.json"  # beside the pieces of a file that was saved in several
 _DENOISERS = ("unet", "transformer")
 _COMPONENTS = (*_DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -20,6 +24,25 @@ def checkpoint_names(folder: Path) -> dict[str, Path]:
 def lora_names(folder: Path) -> dict[str, Path]:
     """The same of LoRA files and PEFT folders."""
     return _models(folder, _is_lora)
+
+
+def matching(names: dict[str, Path], pattern: str) -> dict[str, Path]:
+    """Those of a list that lie in the folder, or match the pattern; a * may stand for several folders."""
+    folder = pattern.rstrip("/") + "/"
+    if _WILD.search(pattern):
+        return {name: path for name, path in names.items() if fnmatch.fnmatchcase(name, pattern)}
+    return {name: path for name, path in names.items() if name.startswith(folder)}
+
+
+def matching_paths(pattern: str) -> dict[str, Path]:
+    """The same for paths: the LoRAs beneath a folder that is none itself, or of a pattern."""
+    path = Path(pattern)
+    if path.is_dir() and not _is_lora(path):
+        return {str(found): found for found in lora_names(path).values()}
+    if not _WILD.search(pattern):
+        return {}
+    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207 - patterns may be absolute
+    return {str(p): p for p in found if (_is_lora(p) if p.is_dir() else p.suffix.lower() in CHECKPOINT_SUFFIXES)}
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import SpecError
 from ..jobs.host import Context
-from .folders import checkpoint_names, lora_names
+from .folders import checkpoint_names, lora_names, matching, matching_paths
 
 _FORBIDDEN = set('/\\:*?"<>|\0')
 _SUFFIX = re.compile(r"\.safetensors$", re.IGNORECASE)
@@ -52,6 +52,9 @@ class PathHost:
 
     def resolve_lora(self, name: str) -> Path:
         return Path(name)
+
+    def find_loras(self, pattern: str) -> dict[str, Path]:
+        return matching_paths(pattern)
 
     def lora_output(self, name: str) -> Path:
         path = Path(name)
@@ -100,6 +103,9 @@ class FolderHost(PathHost):
 
     def resolve_lora(self, name: str) -> Path:
         return _listed(lora_names(self.lora_dir), name, "LoRA")
+
+    def find_loras(self, pattern: str) -> dict[str, Path]:
+        return matching(lora_names(self.lora_dir), pattern)
 
     def lora_output(self, name: str) -> Path:
         return self.lora_dir / f"{file_stem(name)}.safetensors"

@@ -16,7 +16,7 @@ from ..errors import SpecError
 from ..jobs.host import Context, ModelInMemory
 from ..jobs.runner import Runner
 from . import webui_model
-from .folders import lora_names
+from .folders import lora_names, matching
 from .standalone import file_stem
 from .styles import add_styles
 
@@ -70,6 +70,14 @@ class WebUIHost:
             found = Path(entry.filename) if entry else None
         if found is None:
             raise SpecError(f"There is no LoRA {name!r}.", hint="Refresh the list and choose one of it.")
+        return found
+
+    def find_loras(self, pattern: str) -> dict[str, Path]:
+        """By the names of the list, which are without folders here, or by the paths within the folders of LoRAs."""
+        found = matching(_loras(), pattern)
+        for folder in _lora_folders():
+            found |= {name: path for name, path in matching(lora_names(folder), pattern).items()
+                      if path not in found.values()}  # fmt: skip
         return found
 
     def checkpoint_output(self, name: str) -> Path:

@@ -101,6 +101,10 @@ class Host(Protocol):
         """The file (or PEFT folder) of a name. SpecError if there is none."""
         ...
 
+    def find_loras(self, pattern: str) -> dict[str, Path]:
+        """Name → file of all LoRAs in a folder, or that match a pattern with * or ?; empty if it is neither."""
+        ...
+
     def checkpoint_output(self, name: str) -> Path:
         """Where a new checkpoint of that name goes. SpecError if the name is none."""
         ...
