@@ -1,0 +1,1 @@
+"""Transfer: LoRAs of one base checkpoint for another, related one."""

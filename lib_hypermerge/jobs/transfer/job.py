@@ -1,0 +1,178 @@
+"""Transfer: blocks paired, layers compared, and every LoRA's changes carried from one base to the other."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from ...errors import LayoutError, UnchangedError
+from ...files.unnamed import Written
+from ..devices import whole_float32
+from ..host import Context, Host
+from ..report import Output, Report
+from ..workers import map_in_order, plan_workers
+from .layers import COPIED, Carried, LayerWork
+from .matching import Matcher
+from .measure import NO_LAYER, WRITTEN, Measures, ratio
+from .plan import Layout, TransferPlan, make_plan
+from .spec import CROSS, LORA_X, TransferSpec
+from .writing import Files
+
+__all__ = ["TransferSpec", "make_plan", "run"]
+
+UNRELATED = 0.25  # a mean similarity below it is no relation
+_FEWEST_KNOWN = 0.05  # of the layers: with fewer similarities nobody knows whether the models are related
+_NEAR = 0.05  # apart by less than this, projecting and copying are the same
+_FEW = 3
+
+
+def run(plan: TransferPlan, host: Host, context: Context) -> Report:
+    """Carry out a plan. Raises Cancelled, LayoutError (unrelated models), UnchangedError (nothing is left),
+    NumericalError, OutputError, InputChangedError."""
+    with whole_float32():
+        return _Transfer(plan, host, context).run()
+
+
+class _Transfer:
+    def __init__(self, plan: TransferPlan, host: Host, context: Context):
+        self.plan, self.spec, self.context = plan, plan.spec, context
+        self.workers, self.threads = plan_workers(host.threads(), "cpu", plan.bytes_per_worker)
+        self.work, self.measures = LayerWork(plan), Measures(len(plan.loras))
+        self.warnings = list(plan.warnings)
+        choice, layers = plan.choice_numel, sum(task.numel for task in plan.layout.tasks)
+        self._all, self._done = max(1, choice + layers), 0
+        self._per_choice = choice / max(1, len(plan.choices))
+
+    def run(self) -> Report:
+        self.context.progress(0.0, "reading")
+        matcher = Matcher(self.plan, self._map, lambda where: self.context.progress(self.context.fraction, where))
+        layout = self.plan.lay_out(matcher.choose)
+        self._done = self.plan.choice_numel
+        with contextlib.ExitStack() as stack:
+            files = None if self.spec.preview else stack.enter_context(Files(self.plan, layout))
+            for carried in self._map(self.work.carry, layout.tasks):
+                self._take(carried, files)
+            self._lose(layout)
+            self.plan.check_unchanged()
+            self._refuse()
+            self.context.progress(0.99, "saving")
+            written = [] if files is None else files.publish([self._facts(i) for i in range(len(self.plan.loras))])
+        return self._report(written, matcher.told, layout)
+
+    def _map(self, function, items) -> Iterator[Any]:
+        return map_in_order(function, items, self.workers, self.threads, self.context.check)
+
+    def _take(self, carried: Carried, files: Files | None) -> None:
+        self.measures.add(carried)
+        target = carried.task.partner.target
+        for i, moved in carried.moved.items():
+            if files is not None and moved.action in WRITTEN and moved.tensors:
+                entry, _ = carried.task.uses[i][0]
+                is_lora = moved.action != COPIED or "lora_down.weight" in moved.tensors
+                family = "lora" if is_lora else self.plan.loras[i].families[entry.key].family
+                files.add(i, target, moved.tensors, family)
+        self._done += carried.task.numel
+        self.context.progress(0.97 * min(1.0, self._done / self._all), f"{target.component} {target.path}")
+
+    def _lose(self, layout: Layout) -> None:
+        """What has no layer in the target is measured too, so that the report can tell how much that is."""
+        lost = [(i, key, uses) for i, table in layout.lost.items() for key, uses in table.items()]
+        energies = self._map(lambda item: self.work.energy(item[0], item[2]), lost)
+        for (i, key, _), energy in zip(lost, energies, strict=True):
+            self.measures.loras[i].lose(key.split(".", 1)[0], energy)
+
+    # --- refusals ---------------------------------------------------------------------------------
+
+    def _refuse(self) -> None:
+        """Models that are not alike, and results without a layer."""
+        measures, names = self.measures, (self.plan.source.file.path.name, self.plan.target.file.path.name)
+        similarity, known = measures.similarity, len(measures.known)
+        hint = "Choose bases of which one came from the other; or force it, and expect little."
+        if not self.spec.force and known < _FEWEST_KNOWN * measures.compared:
+            raise LayoutError(
+                f"Nothing tells whether {names[0]} and {names[1]} are related.",
+                f"Of {measures.compared} layers, {known} have a side of one size in both, by which they can be "
+                "compared.", hint,
+            )  # fmt: skip
+        if not self.spec.force and similarity is not None and similarity < UNRELATED:
+            raise LayoutError(
+                f"{names[0]} and {names[1]} are not related.",
+                f"The leading directions of their layers have a similarity of {similarity:.2f} on average, where 0 is "
+                f"chance and 1 the same; below {UNRELATED:g} a LoRA of the one means nothing to the other.", hint,
+            )  # fmt: skip
+        for path, lora in zip(self.plan.outputs, measures.loras, strict=True):
+            if not lora.modules:
+                why = ", ".join(f"{count} {why}" for why, count in lora.actions.items())
+                raise UnchangedError(
+                    f"Nothing would be left in {path.name}.", f"All modules are left out: {why}.",
+                    "Lower the least similarity, choose the method cross for other sizes, or force it.",
+                )  # fmt: skip
+
+    # --- what came out ----------------------------------------------------------------------------
+
+    def _facts(self, number: int) -> dict[str, Any]:
+        of = self.measures.of_lora(number)
+        similarity = self.measures.similarity
+        facts = {"similarity": similarity, "retained": of["retained"], "arrived": of["arrived"]}
+        return {key: round(value, 6) for key, value in facts.items() if value is not None}
+
+    def _report(self, written: list[Written], choices: list[dict[str, Any]], layout: Layout) -> Report:
+        spec, measures = self.spec, self.measures
+        loras = []
+        for i, (lora, path) in enumerate(zip(self.plan.loras, self.plan.outputs, strict=True)):
+            loras.append({"name": lora.path.name, "output": path.name, **measures.of_lora(i)})
+        self._warn(loras)
+        skipped: Counter[str] = Counter()
+        actions: Counter[str] = Counter()
+        for lora in loras:
+            actions.update(lora["actions"])
+            skipped.update(lora["skipped_because"])
+        details = {
+            "architecture": self.plan.target.title, "source": self.plan.source.file.path.name,
+            "target": self.plan.target.file.path.name, "method": spec.method, "basis_energy": spec.energy,
+            "threshold": spec.threshold, "forced": spec.force, "preview": spec.preview,
+            "similarity": measures.similarity, "layers_compared": len(measures.known),
+            "layers_equal": sum(layer["equal"] for layer in measures.layers),
+            "actions": dict(actions), "skipped_because": dict(skipped),
+            "paired": dict(Counter(layer["paired_by"] for layer in measures.layers)), "choices": choices,
+            "components": measures.components(), "loras": loras, "layers": sorted(
+                measures.layers, key=lambda layer: (layer["component"] != "unet", layer["component"])
+            ), "device": "cpu",
+        }  # fmt: skip
+        if len(written) == 1:
+            details["prompt"] = f"<lora:{self.plan.outputs[0].stem}:1>"
+        sums = [lora.total for lora in measures.loras]
+        error = ratio(sum(s.error2 for s in sums), sum(s.kept for s in sums))
+        computed = sum(count for action, count in actions.items() if action != COPIED) or any(s.error2 for s in sums)
+        return Report(
+            "transfer", [Output(str(w.path), w.bytes, w.sha256) for w in written],
+            error**0.5 if computed and error is not None else None, sum(actions.values()), sum(skipped.values()),
+            skipped[NO_LAYER], self.warnings, time.perf_counter() - self.plan.begun, details,
+        )  # fmt: skip
+
+    def _warn(self, loras: list[dict[str, Any]]) -> None:
+        similarity = self.measures.similarity
+        if self.spec.force and (similarity is None or similarity < UNRELATED):
+            told = "unknown" if similarity is None else f"{similarity:.2f}"
+            self.warnings.append(f"Forced: the similarity of the two bases is {told}, which is that of strangers.")
+        for lora, own in zip(loras, self.measures.loras, strict=True):
+            retained = lora["retained"]
+            if self.spec.method in (LORA_X, CROSS) and retained is not None and retained < 0.5:
+                self.warnings.append(
+                    f"{lora['name']}: projecting kept {100 * retained:.0f} % of the change (squared); the rest lies "
+                    "outside the target's leading directions. Copying or prolora would keep it."
+                )
+            if own.lost_biases:
+                self.warnings.append(f"{lora['name']}: {own.lost_biases} changes of biases have no place; left out.")
+        guessed = sum(layer["paired_by"] == "order" for layer in self.measures.layers)
+        if guessed:
+            self.warnings.append(f"{guessed} layers were paired by their order alone: sizes let nothing be compared.")
+        mapped = sum(lora["actions"].get("mapped", 0) for lora in loras)
+        if mapped:
+            self.warnings.append(
+                f"{mapped} modules went from one size to another, direction by direction: a guess that no measure "
+                "confirms. Look at the pictures."
+            )

@@ -1,0 +1,151 @@
+"""What a transfer measured: similarity by component, block and layer, and what arrived of each LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from .layers import COPIED, MAPPED, PROJECTED, Carried, Moved
+from .plan import key_of
+
+NO_LAYER = "no layer in the target"
+WRITTEN = (COPIED, PROJECTED, MAPPED)
+
+
+@dataclass
+class Sums:
+    """Squared norms. whole: of all that the LoRA changes.  energy, kept, error2, apart: of what was carried over."""
+
+    whole: float = 0.0
+    energy: float = 0.0
+    kept: float = 0.0
+    error2: float = 0.0
+    apart: float = 0.0
+    comparable: float = 0.0  # the energy of layers of which `apart` is known
+
+    def add(self, moved: Moved) -> None:
+        self.whole += moved.energy
+        if moved.action in WRITTEN:
+            self.energy += moved.energy
+            self.kept += max(moved.kept - moved.error2, 0.0)
+            self.error2 += moved.error2
+        if moved.action in WRITTEN and moved.apart is not None:
+            self.apart += moved.apart
+            self.comparable += moved.energy
+
+    def to_json(self) -> dict[str, float | None]:
+        """retained: ‖ΔW_t‖²/‖ΔW_s‖² of the layers that were carried over.  arrived: the same of all that the LoRA
+        changes.  apart: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖, how far it is from a copy, where sizes agree."""
+        return {
+            "retained": ratio(self.kept, self.energy),
+            "arrived": ratio(self.kept, self.whole),
+            "apart": root(ratio(self.apart, self.comparable)),
+        }
+
+
+@dataclass
+class OfLora:
+    """One LoRA's."""
+
+    actions: Counter[str] = field(default_factory=Counter)
+    total: Sums = field(default_factory=Sums)
+    components: dict[str, Sums] = field(default_factory=lambda: defaultdict(Sums))
+    blocks: dict[tuple[str, str], Sums] = field(default_factory=lambda: defaultdict(Sums))
+    lost_biases: int = 0
+
+    def add(self, component: str, block: str, moved: Moved) -> None:
+        self.actions[moved.action] += 1
+        self.lost_biases += moved.lost_bias
+        for sums in (self.total, self.components[component], self.blocks[component, block]):
+            sums.add(moved)
+
+    def lose(self, component: str, energy: float) -> None:
+        """A change that has no layer in the target."""
+        self.actions[NO_LAYER] += 1
+        for sums in (self.total, self.components[component]):
+            sums.whole += energy
+
+    @property
+    def modules(self) -> int:
+        return sum(self.actions[action] for action in WRITTEN)
+
+
+class Measures:
+    """loras: by number."""
+
+    def __init__(self, count: int):
+        self.loras = [OfLora() for _ in range(count)]
+        self.layers: list[dict[str, Any]] = []
+        self.compared = 0  # layers whose similarity was asked for
+
+    def add(self, carried: Carried) -> None:
+        """Take note of a layer."""
+        partner = carried.task.partner
+        target = partner.target
+        for i, moved in carried.moved.items():
+            self.loras[i].add(target.component, target.block, moved)
+        if target.weight is None or len(target.weight.shape) < 2:
+            return
+        actions = {moved.action for moved in carried.moved.values()}
+        first = next((action for action in (*WRITTEN, *sorted(actions)) if action in actions), "")
+        self.compared += 1
+        self.layers.append({
+            "layer": key_of(target), "block": target.block, "component": target.component,
+            "source": key_of(partner.source), "paired_by": partner.how,
+            "similarity": None if carried.similarity is None else round(carried.similarity, 4),
+            "equal": carried.equal, "action": first,
+        })  # fmt: skip
+
+    @property
+    def known(self) -> list[float]:
+        """All similarities that are known."""
+        return [layer["similarity"] for layer in self.layers if layer["similarity"] is not None]
+
+    @property
+    def similarity(self) -> float | None:
+        """Their mean."""
+        return math.fsum(self.known) / len(self.known) if self.known else None
+
+    def components(self) -> dict[str, Any]:
+        """component → its similarity and layers, and the same per block."""
+        out: dict[str, Any] = {}
+        for component in dict.fromkeys(layer["component"] for layer in self.layers):
+            own = [layer for layer in self.layers if layer["component"] == component]
+            blocks = sorted({layer["block"] for layer in own})
+            out[component] = _of(own) | {
+                "blocks": {block: _of([layer for layer in own if layer["block"] == block]) for block in blocks}
+            }
+        return out
+
+    def of_lora(self, number: int) -> dict[str, Any]:
+        """What arrived of one LoRA."""
+        lora = self.loras[number]
+        written = {action: lora.actions[action] for action in WRITTEN if lora.actions[action]}
+        skipped = {why: count for why, count in lora.actions.items() if why not in WRITTEN}
+        components = {}
+        for component, sums in sorted(lora.components.items(), reverse=True):
+            own = {block: s for (c, block), s in sorted(lora.blocks.items()) if c == component}
+            components[component] = sums.to_json() | {"blocks": {block: s.to_json() for block, s in own.items()}}
+        return {
+            "modules": lora.modules, "actions": written, "skipped_because": skipped, **lora.total.to_json(),
+            "relative_error": root(ratio(lora.total.error2, lora.total.kept)), "components": components,
+        }  # fmt: skip
+
+
+def _of(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    known = [layer["similarity"] for layer in layers if layer["similarity"] is not None]
+    return {
+        "layers": len(layers), "similarity": math.fsum(known) / len(known) if known else None,
+        "least": min(known, default=None),
+    }  # fmt: skip
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """None where there is nothing to be a part of."""
+    return part / whole if whole > 0 else None
+
+
+def root(square: float | None) -> float | None:
+    return None if square is None else math.sqrt(max(square, 0.0))

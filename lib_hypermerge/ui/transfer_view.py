@@ -1,0 +1,44 @@
+"""The result of transfer: files, what the similarity of the bases means, pictures, and what became of every layer."""
+
+from __future__ import annotations
+
+from html import escape
+
+from ..jobs.report import Report
+from ..render_transfer import describe, honest
+from ..words import counts, percent
+from . import html
+from .transfer_plots import similarity_picture
+
+
+def view(report: Report) -> str:
+    """Of a finished transfer or of its preview."""
+    d = report.details
+    if d["preview"]:
+        names = ", ".join(f"<b>{escape(lora['output'])}</b>" for lora in d["loras"])
+        head = f'<p class="hypermerge-preview"><b>Preview: nothing was written.</b> A run writes {names}.</p>'
+    else:
+        head = f"<p>{html.files(report)} written in {report.seconds:.1f} s.</p>"
+    parts = [head, f'<p class="hypermerge-honest">{escape(honest(report))}</p>', html.prompt(report)]
+    parts += [html.picture(lambda: similarity_picture(d)), _loras(report)]
+    rows = [(name[:1].upper() + name[1:], value) for name, value in describe(report)[: -len(d["loras"])]]
+    rows += [(f"SHA-256 of {output.path.rpartition('/')[2]}", output.sha256) for output in report.outputs]
+    return "".join([*parts, html.table(rows)])
+
+
+def _loras(report: Report) -> str:
+    """A row for each LoRA."""
+    body = ""
+    for lora in report.details["loras"]:
+        cells = [
+            lora["name"], counts(lora["actions"]), counts(lora["skipped_because"]), _share(lora["retained"]),
+            _share(lora["arrived"]), _share(lora["apart"]),
+        ]  # fmt: skip
+        body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+    heads = ("LoRA", "modules", "left out", "energy retained", "of the whole LoRA", "away from a copy (norm)")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    return f'<table class="hypermerge-table"><tr>{head}</tr>{body}</table>'
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else percent(value)
