@@ -62,7 +62,7 @@ class ModuleWork:
             computed = unit.how == PLAIN or (unit.how == AXIS and convert_rules.turns(source, self.spec))
             if not _are_finite(tensors):
                 if computed:
-                    raise _damaged(source)
+                    raise damaged(source)
                 out.strange.append(source.entry.key)
             if computed:
                 tensors = self._computed(unit, source, tensors, out)
@@ -227,7 +227,8 @@ def _are_finite(tensors: Tensors) -> bool:
     return all(is_finite(tensor) for tensor in tensors.values() if tensor.is_floating_point())
 
 
-def _damaged(source: Source) -> NumericalError:
+def damaged(source: Source) -> NumericalError:
+    """The error for a module with numbers that are none."""
     return NumericalError(
         f"{source.entry.key} holds NaN or Inf, or makes them.", "The LoRA or the checkpoint is damaged.",
         "Get a sound copy.",
@@ -238,7 +239,7 @@ def _matrix(change: torch.Tensor, source: Source) -> Matrix:
     A = change.flatten(1).float()
     energy = float(A.double().square().sum())
     if not math.isfinite(energy):
-        raise _damaged(source)
+        raise damaged(source)
     return Matrix(A, energy)
 
 

@@ -1,0 +1,318 @@
+"""One layer of a LoRA, brought to each of the ranks that were asked for."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ...adapters import families
+from ...adapters.adapter import BIAS
+from ...adapters.dora import MAGNITUDES, SCALE, Dora
+from ...adapters.lora import DOWN, MID, UP
+from ...algebra import dora, projecting
+from ...algebra.core import core_of
+from ...algebra.factored import LowRank
+from ...algebra.lowrank import Factors, Matrix, decompose, factorise
+from ...algebra.padding import pad
+from ...errors import NumericalError
+from ...layouts.adapter_file import Entry
+from ...layouts.module import CONV
+from ..convert_checkpoint import is_finite
+from ..convert_modules import ModuleWork, alpha_tensor, damaged
+from ..convert_plan import AdapterPlan
+from ..convert_restore import ALPHA, Tensors
+from ..convert_units import CARRY, REFIT, Out, Source, Unit
+from .pieces import Piece, arrange, told
+from .plan import stays
+from .ranks import Spectrum, asked, by_spectrum
+from .spec import FIXED, RANDOM, RSVD, SPARSE, SVD, ResizeSpec
+
+# a module of the result (by its name) and its spectrum → the rank for each rung
+Choose = Callable[[str, Spectrum], list[int]]
+
+
+class Spectral(Protocol):
+    """A change of which the singular values are known; factors() gives its best factors of a rank."""
+
+    S: torch.Tensor
+    rank: int
+    energy: float
+
+    def factors(self, rank: int, dtype: torch.dtype) -> Factors: ...
+
+
+@dataclass
+class Rung:
+    """What came of a layer at one rank. error2, energy: of the change.  errors: by method, where it was measured, and
+    expected of it.  methods: one for each module."""
+
+    outputs: list[tuple[Out, Tensors]] = field(default_factory=list)
+    error2: float = 0.0
+    energy: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
+    expected: dict[str, float] = field(default_factory=dict)
+    methods: list[str] = field(default_factory=list)
+
+    def add(self, what: dict[str, float], amounts: dict[str, float]) -> None:
+        for method, amount in amounts.items():
+            what[method] = what.get(method, 0.0) + amount
+
+
+@dataclass
+class Made:
+    """A layer, or a module that no layer answers to (unit None)."""
+
+    unit: Unit | None
+    rungs: list[Rung]
+    strange: list[str] = field(default_factory=list)  # keys of modules with NaN or Inf that were carried over
+
+
+class _Whole:
+    """A change that is no product of factors."""
+
+    def __init__(self, change: torch.Tensor, most: int, everything: bool):
+        self.matrix = Matrix(change, float(change.double().square().sum()))
+        self._basis = decompose(self.matrix, most, "exact" if everything else "auto")
+        self.S, self.energy = self._basis.S, self.matrix.energy
+        self.rank = int((1e-7 * self.S[0] < self.S).sum()) if len(self.S) else 0
+
+    def factors(self, rank: int, dtype: torch.dtype) -> Factors:
+        return factorise(self.matrix, self._basis, rank, dtype)
+
+
+class ResizeWork(ModuleWork):
+    """Called by workers. choose: the ranks of a module.  Thread-safe."""
+
+    def __init__(self, plan: AdapterPlan, asked_for: ResizeSpec, choose: Choose | None = None):
+        super().__init__(plan)
+        self.asked = asked_for
+        self.choose = choose or (lambda name, found: [by_spectrum(asked_for, r, found) for r in asked_for.rungs])
+
+    def resize(self, unit: Unit) -> Made:
+        """All modules of the results that a layer gives. Raises NumericalError that names the module."""
+        if unit.how == CARRY:
+            made = super().make(unit)
+            return Made(unit, [Rung(made.outputs) for _ in self.asked.rungs], made.strange)
+        out = Made(unit, [Rung() for _ in self.asked.rungs])
+        if unit.how == REFIT:
+            for source, wanted in zip(unit.sources, unit.written, strict=True):
+                self._refit(unit, source, wanted, out)
+            return out
+        for piece in self._pieces(unit):
+            self._piece(piece, unit.module.kind == CONV, out)
+        return out
+
+    def spectra(self, unit: Unit) -> list[tuple[str, Spectrum]]:
+        """Of every module of the result that a layer gives, by its name."""
+        is_conv = unit.module.kind == CONV
+        if unit.how == REFIT:
+            found = []
+            for source, wanted in zip(unit.sources, unit.written, strict=True):
+                low = self._inner(source, self._sound(unit, source)).low_rank(torch.float64)
+                assert low is not None
+                found.append((wanted.name, self._spectrum(core_of(low), low.up, low.down.shape[1], is_conv, low.rank)))
+            return found
+        return [(piece.out.name, self._spectrum_of(piece, is_conv)) for piece in self._pieces(unit)]
+
+    def other(self, entry: Entry) -> Made:
+        """A module that no layer answers to: resized if it is a plain LoRA, else as it is."""
+        tensors, finite = self.verbatim(entry)
+        out = Made(None, [Rung() for _ in self.asked.rungs], [] if finite else [entry.key])
+        name = Out(entry.key, 0, 0)
+        if not (finite and UP in tensors and DOWN in tensors and MID not in tensors) or set(MAGNITUDES) & set(tensors):
+            for rung in out.rungs:
+                rung.outputs.append((name, tensors))
+            return out
+        low = families.build({k: t for k, t in tensors.items() if k in (UP, DOWN, ALPHA, "scale")}).low_rank()
+        assert low is not None
+        shape = (len(low.up), *tensors[DOWN].shape[1:])
+        beside = {k: t for k, t in tensors.items() if k == BIAS}
+        self._piece(Piece(name, shape, low, tensors, beside), len(shape) == 4 and shape[2:] != (1, 1), out)
+        return out
+
+    # --- modules of the result --------------------------------------------------------------------------------------
+
+    def _pieces(self, unit: Unit) -> list[Piece]:
+        made = []
+        for source in unit.sources:
+            tensors = self._sound(unit, source)
+            weight = self._weight(unit, source, torch.float32)
+            made.append(told(source, tensors, self._adapter(source, tensors), weight))
+        return arrange(unit, made)
+
+    def _sound(self, unit: Unit, source: Source) -> Tensors:
+        """A module's tensors as kohya's files have them. NumericalError if one holds NaN or Inf."""
+        tensors, known = self._read(unit, source)
+        if not all(is_finite(t) for t in tensors.values() if t.is_floating_point()):
+            raise damaged(source)
+        return self._told(source, tensors, known)
+
+    def _spectral(self, piece: Piece, is_conv: bool) -> Spectral:
+        if isinstance(piece.change, LowRank):
+            return core_of(piece.change)
+        everything = self.asked.rank_rule != FIXED
+        most = piece.own_rank if everything else min(piece.own_rank, max(self._wanted(is_conv)))
+        return _Whole(piece.change, most, everything)
+
+    def _spectrum_of(self, piece: Piece, is_conv: bool) -> Spectrum:
+        return self._spectrum(self._spectral(piece, is_conv), piece.whole_or_up, piece.columns, is_conv, piece.own_rank)
+
+    def _spectrum(self, core: Spectral, up: torch.Tensor, columns: int, is_conv: bool, own: int) -> Spectrum:
+        cost = (len(up) + columns) * (self.dtype or up.dtype).itemsize
+        return Spectrum(core.S, core.rank, cost, is_conv, own)
+
+    def _piece(self, piece: Piece, is_conv: bool, out: Made) -> None:
+        try:
+            core = self._spectral(piece, is_conv)
+            ranks = self.choose(piece.out.name, self._spectrum(core, piece.whole_or_up, piece.columns, is_conv,
+                                                               piece.own_rank))  # fmt: skip
+            for rung, wanted, rank in zip(out.rungs, self._wanted(is_conv), ranks, strict=True):
+                self._rung(piece, core, rank, wanted, rung)
+        except NumericalError as error:
+            if piece.out.name in error.what:
+                raise
+            raise NumericalError(f"{piece.out.name}: {error.what}", error.why, error.hint) from None
+
+    def _wanted(self, is_conv: bool) -> list[int]:
+        """The rank that every module shall have, where lower ones are filled up."""
+        return [asked(self.asked, rung, is_conv) for rung in self.asked.rungs]
+
+    def _rung(self, piece: Piece, core: Spectral, rank: int, wanted: int, rung: Rung) -> None:
+        method, stored = self.asked.method, piece.stored
+        rung.energy += core.energy
+        keeps = stored is not None and self.asked.rank_rule == FIXED and len(stored[DOWN]) <= wanted
+        if keeps and stored is not None:
+            tensors = {k: t for k, t in stored.items() if k != BIAS}
+            rung.methods.append("as it was")
+            error2 = 0.0
+        else:
+            factors = self._factors_by(method, piece, core, rank)
+            tensors = self._tensors(piece, factors)
+            rung.methods.append(method if isinstance(piece.change, LowRank) else "decomposed")
+            error2 = factors.error2
+        rung.error2 += error2
+        self._measure(piece, core, rank, method, error2, keeps, rung)
+        if self.asked.fill:
+            tensors = _filled(tensors, wanted, self._seed(piece))
+        rung.outputs.append((piece.out, tensors | piece.beside))
+
+    def _measure(
+        self, piece: Piece, core: Spectral, rank: int, method: str, error2: float, keeps: bool, rung: Rung
+    ) -> None:
+        """What each method misses: of the one that was chosen, of the best, and in a preview of all."""
+        methods = (SVD, RSVD, RANDOM, SPARSE) if self.asked.preview else (method, SVD)
+        errors = {method: error2}
+        for other in dict.fromkeys(methods):
+            if other != method:
+                errors[other] = 0.0 if keeps else self._factors_by(other, piece, core, rank).error2
+        rung.add(rung.errors, errors)
+        if isinstance(piece.change, LowRank):
+            rung.add(rung.expected, {
+                kind: 0.0 if keeps else projecting.expected_error2(piece.change, rank, kind == SPARSE)
+                for kind in (RANDOM, SPARSE) if kind in errors
+            })  # fmt: skip
+
+    def _factors_by(self, method: str, piece: Piece, core: Spectral, rank: int) -> Factors:
+        dtype, change = self._dtype(piece), piece.change
+        if method == SVD or (method == RSVD and not isinstance(change, LowRank)):
+            return core.factors(rank, dtype)
+        low = change if isinstance(change, LowRank) else None
+        if low is None:  # random directions of the columns that the change has
+            low = LowRank(change, torch.eye(change.shape[1])) if change.shape[0] > change.shape[1] else LowRank(
+                torch.eye(change.shape[0]), change)  # fmt: skip
+        if method == RSVD:
+            return projecting.randomised(low, rank, dtype, self._seed(piece))
+        return projecting.random_projection(low, rank, dtype, self._seed(piece), sparse=method == SPARSE)
+
+    def _dtype(self, piece: Piece) -> torch.dtype:
+        stored = piece.whole_or_up.dtype
+        return self.dtype or (stored if stored.itemsize in (2, 4) else torch.float32)
+
+    def _seed(self, piece: Piece) -> int:
+        return (self.asked.seed + zlib.crc32(piece.out.name.encode())) % (1 << 62)
+
+    def _tensors(self, piece: Piece, factors: Factors) -> Tensors:
+        up, down = factors.up, factors.down
+        if len(piece.shape) == 4:
+            up, down = up[..., None, None], down.reshape(len(down), *piece.shape[1:])
+        return {UP: up, DOWN: down, ALPHA: alpha_tensor(len(down), up.dtype)}
+
+    # --- DoRA -------------------------------------------------------------------------------------------------------
+
+    def _inner(self, source: Source, tensors: Tensors) -> families.Adapter:
+        adapter = self._adapter(source, tensors)
+        assert isinstance(adapter, Dora)
+        return adapter.adapter
+
+    def _refit(self, unit: Unit, source: Source, wanted: Out, out: Made) -> None:
+        """Fewer directions, and the magnitudes that go best with them: never further off than those of the file."""
+        tensors = self._sound(unit, source)
+        adapter = self._adapter(source, tensors)
+        assert isinstance(adapter, Dora)
+        low = adapter.adapter.low_rank(torch.float64)
+        assert low is not None
+        is_conv = unit.module.kind == CONV
+        if self.asked.rank_rule == FIXED and stays(self.asked, unit, source):
+            for rung, rank in zip(out.rungs, self._wanted(is_conv), strict=True):
+                rung.outputs.append((wanted, _filled(tensors, rank, 0) if self.asked.fill else tensors))
+                rung.methods.append("as it was")
+            return
+        W = self._weight(unit, source, torch.float64)
+        goal = W + adapter.change(W)
+        energy = float((goal - W).square().sum())
+        ranks = self.choose(wanted.name, self._spectrum(core_of(low), low.up, low.down.shape[1], is_conv, low.rank))
+        for rung, rank, full in zip(out.rungs, ranks, self._wanted(is_conv), strict=True):
+            rung.energy += energy
+            made, error2 = self._fitted(source, adapter, W, goal, rank, tensors)
+            rung.error2 += error2
+            rung.add(rung.errors, {self.asked.method: error2})
+            rung.methods.append("magnitudes fitted anew")
+            rung.outputs.append((wanted, _filled(made, full, 0) if self.asked.fill else made))
+
+    def _fitted(
+        self, source: Source, adapter: Dora, W: torch.Tensor, goal: torch.Tensor, rank: int, tensors: Tensors
+    ) -> tuple[Tensors, float]:
+        """A DoRA of a lower rank, and the squared error of the change that it makes, as rounded."""
+        axis = adapter.axis(source.entry.shapes, tuple(W.shape))
+        low = adapter.adapter.low_rank(torch.float64)
+        assert axis is not None and low is not None
+        name = next(name for name in MAGNITUDES if name in tensors)
+        stored, factor = tensors[name].dtype, tensors[UP].dtype
+        dtype = self.dtype or (factor if factor.itemsize in (2, 4) else torch.float32)
+        made = [core_of(low).factors(rank, dtype)]  # the file's own directions
+
+        def truncate(change: torch.Tensor) -> torch.Tensor:
+            A = change.flatten(1).float()
+            matrix = Matrix(A, float(A.double().square().sum()))
+            made.append(factorise(matrix, decompose(matrix, rank), rank, dtype))
+            return _change(made[-1], W.shape)
+
+        fit = dora.fit(W, goal, truncate, axis)
+        tried = [(_change(made[0], W.shape), made[0]), (fit.change, made[1 + fit.turn])]
+        results = []
+        for change, factors in tried:  # magnitudes of their own for both; the better one is kept
+            m = dora.magnitudes(W + change, goal, axis).to(stored)
+            results.append((dora.missed(W + change, m.to(W.dtype), goal, axis), m, factors))
+        error2, m, factors = min(results, key=lambda one: one[0])
+        if not m.isfinite().all():
+            raise damaged(source)
+        if axis == dora.OUTPUT:
+            m = m.reshape(-1, *[1] * (max(2, len(source.shape)) - 1))
+        beside = {k: v for k, v in tensors.items() if k == BIAS}
+        return self._factors(source, factors) | {SCALE: m} | beside, error2
+
+
+def _change(factors: Factors, shape: torch.Size) -> torch.Tensor:
+    return (factors.up.double() @ factors.down.double()).reshape(shape)
+
+
+def _filled(tensors: Tensors, rank: int, seed: int) -> Tensors:
+    """With directions that change nothing, so that there are as many as asked for."""
+    if len(tensors[DOWN]) >= rank:
+        return tensors
+    up, down, alpha = pad(tensors[UP], tensors[DOWN], tensors.get(ALPHA), rank, seed)
+    return tensors | {UP: up, DOWN: down} | ({} if alpha is None else {ALPHA: alpha})
