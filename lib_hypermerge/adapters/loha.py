@@ -28,14 +28,14 @@ class Loha(Adapter):
         require(shapes, cls.title, A1, B1, A2, B2)
         if T1 in shapes or T2 in shapes:
             require(shapes, cls.title, T1, T2)
-        made = [_made(shapes, a, b, t) for a, b, t in ((A1, B1, T1), (A2, B2, T2))]
-        if None in made or made[0] != made[1]:
+        both = [_made(shapes, a, b, t) for a, b, t in ((A1, B1, T1), (A2, B2, T2))]
+        if None in both or both[0] != both[1]:
             raise disagree(cls.title, shapes, A1, B1, T1, A2, B2, T2)
 
     @classmethod
     def _fits(cls, shapes: Shapes, weight: Shape) -> bool:
-        made = _made(shapes, A1, B1, T1)
-        return made is not None and (squeezed(made) == squeezed(weight) or (len(made) == 2 and made == flat(weight)))
+        own = made(shapes)
+        return own is not None and (squeezed(own) == squeezed(weight) or (len(own) == 2 and own == flat(weight)))
 
     @classmethod
     def rank(cls, shapes: Shapes) -> int | None:
@@ -63,6 +63,11 @@ class Loha(Adapter):
                 wa = wa.mT
             out.append((wa, wb.flatten(1)))
         return out
+
+
+def made(shapes: Shapes) -> Shape | None:
+    """The size of the change; None if the parts disagree."""
+    return _made(shapes, A1, B1, T1)
 
 
 def _made(shapes: Shapes, a: str, b: str, t: str) -> Shape | None:

@@ -29,13 +29,13 @@ class Lokr(Adapter):
             require(shapes, cls.title, A1, B1)
         if W2 not in shapes:
             require(shapes, cls.title, A2, B2)
-        if _made(shapes) is None:
+        if made(shapes) is None:
             raise disagree(cls.title, shapes, W1, A1, B1, W2, A2, T2, B2)
 
     @classmethod
     def _fits(cls, shapes: Shapes, weight: Shape) -> bool:
-        made = _made(shapes)
-        return made is not None and (squeezed(made) == squeezed(weight) or (len(made) == 2 and made == flat(weight)))
+        own = made(shapes)
+        return own is not None and (squeezed(own) == squeezed(weight) or (len(own) == 2 and own == flat(weight)))
 
     @classmethod
     def rank(cls, shapes: Shapes) -> int | None:
@@ -83,7 +83,7 @@ def _split(up: torch.Tensor, down: torch.Tensor | None) -> tuple[torch.Tensor, t
     return (eye, up) if rows <= columns else (up, eye)
 
 
-def _made(shapes: Shapes) -> Shape | None:
+def made(shapes: Shapes) -> Shape | None:
     """The size of the change; None if the parts disagree."""
     if W1 in shapes:
         first = shapes[W1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..adapters import families, loha, lokr
 from ..adapters.adapter import Shape
 from ..adapters.full import DIFF
 from ..adapters.lora import DOWN, MID, UP
@@ -73,7 +74,10 @@ def refuse_misfits(lora: LoraInput, model: Model) -> None:
 
 
 def told_shape(shapes: Mapping[str, Shape], axes: int) -> Shape | None:
-    """The weight that a LoRA's factors, or a full change, are for; None where it takes the layer to know."""
+    """The weight that a module's factors, or a full change, are for; None where it takes the layer to know.
+
+    axes: of the layer's weight. Factors that are flattened tell its rows, and its columns all in one.
+    """
     if UP in shapes and DOWN in shapes:
         shape = (shapes[UP][0], *shapes[DOWN][1:]) if MID not in shapes else (
             shapes[UP][0], shapes[DOWN][1], *shapes[MID][2:]
@@ -81,5 +85,9 @@ def told_shape(shapes: Mapping[str, Shape], axes: int) -> Shape | None:
     elif DIFF in shapes:
         shape = shapes[DIFF]
     else:
+        family = families.find(shapes)
+        made = {"loha": loha.made, "lokr": lokr.made}.get(family.family if family else "", lambda shapes: None)
+        shape = made(shapes)
+    if shape is None:
         return None
     return shape if len(shape) == axes or axes != 4 else (*shape, 1, 1)
