@@ -37,7 +37,7 @@ MOST_RANKS = 16
 REFIT, PLAIN = "keep", "lora"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResizeSpec(Spec):
     """LoRAs with fewer directions, or with more that change nothing yet."""
 
