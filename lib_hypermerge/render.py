@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import render_convert, render_hyper, render_inspect
+from . import render_convert, render_hyper, render_inspect, render_resize, render_transfer
 from .jobs.report import Report
 from .words import counts as counts
 from .words import mib as mib
@@ -80,6 +80,7 @@ def _more(items: list[str], shown: int) -> str:
 # verb → the lines that only its report has; a verb's own file may supply them
 TEXTS: dict[str, Callable[[Report], list[str]]] = {
     "extract": _extract, "merge": _merge, "inspect": render_inspect.text,
-    "convert": render_convert.text, "hyper": render_hyper.text,
+    "convert": render_convert.text, "resize": render_resize.text, "hyper": render_hyper.text,
     "fit": render_hyper.fit_text, "restore": render_hyper.restore_text,
+    "transfer": render_transfer.text,
 }  # fmt: skip

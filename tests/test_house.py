@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lib_hypermerge"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
+# what each verb's report says in words
+RENDERS = {file.stem for file in PACKAGE.glob("render_*.py")}
+
 # room → rooms it may use besides itself and errors
 MAY_USE = {
     "lazy": set(),
@@ -31,15 +34,13 @@ MAY_USE = {
     "jobs": {"algebra", "adapters", "layouts", "files", "words"},
     "hosts": {"jobs", "files"},
     "words": set(),
-    "render": {"jobs", "render_convert", "render_hyper", "render_inspect", "words"},
-    "render_convert": {"jobs", "words"},
-    "render_hyper": {"jobs", "words"},
-    "render_inspect": {"jobs", "words"},
+    "render": {"jobs", "words"} | RENDERS,
+    **dict.fromkeys(RENDERS, {"jobs", "words"}),
     "synthetic": {"files"},
     "flags": {"jobs"},
     "cli": {"jobs", "hosts", "render", "flags", "words"},
     "api": {"jobs"},
-    "ui": {"jobs", "hosts", "render", "render_convert", "render_hyper", "render_inspect", "words", "api"},
+    "ui": {"jobs", "hosts", "render", "words", "api"} | RENDERS,
     "demo": {"jobs", "hosts", "render", "files", "layouts", "synthetic"},
     "__main__": {"cli"},
     "__init__": set(),

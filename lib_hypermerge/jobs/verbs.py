@@ -14,7 +14,9 @@ from .hyper.restore_spec import RestoreSpec
 from .hyper.spec import HyperSpec
 from .inspect_spec import InspectSpec
 from .merge_spec import MergeSpec
+from .resize.spec import ResizeSpec
 from .spec import Spec
+from .transfer.spec import TransferSpec
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,13 @@ class Verb:
 VERBS = {
     "extract": Verb("extract", "Extract", "A LoRA from a fine-tuned checkpoint and its base.", ExtractSpec, ".extract"),
     "merge": Verb("merge", "Merge", "LoRAs of any kind into a checkpoint.", MergeSpec, ".merge"),
+    "transfer": Verb(
+        "transfer", "Transfer", "LoRAs of one base checkpoint for another, related one.", TransferSpec, ".transfer.job",
+    ),
+    "resize": Verb(
+        "resize", "Resize", "LoRAs with fewer directions, or with room for more; many at once.", ResizeSpec,
+        ".resize.job",
+    ),
     "convert": Verb(
         "convert", "Convert", "A LoRA in another dialect or family, a checkpoint in another number format.",
         ConvertSpec, ".convert",

@@ -10,7 +10,18 @@ from ..errors import HypermergeError
 from ..jobs.report import Report
 from ..jobs.runner import CANCELLED, DONE, FAILED, Job
 from ..render import mib
-from . import convert_view, extract_view, fit_view, html, hyper_view, inspect_view, merge_view, restore_view
+from . import (
+    convert_view,
+    extract_view,
+    fit_view,
+    html,
+    hyper_view,
+    inspect_view,
+    merge_view,
+    resize_view,
+    restore_view,
+    transfer_view,
+)
 
 # verb → what its report shows before the notes
 VIEWS: dict[str, Callable[[Report], str]] = {
@@ -18,9 +29,11 @@ VIEWS: dict[str, Callable[[Report], str]] = {
     "merge": merge_view.view,
     "inspect": inspect_view.view,
     "convert": convert_view.view,
+    "resize": resize_view.view,
     "hyper": hyper_view.view,
     "fit": fit_view.view,
     "restore": restore_view.view,
+    "transfer": transfer_view.view,
     "try": merge_view.view,
     "take_back": merge_view.taken_back,
 }
