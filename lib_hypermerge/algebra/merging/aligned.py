@@ -8,7 +8,7 @@ from ...lazy import torch
 from ..factored import LowRank
 from .singular import singular
 
-_PREFERENCE = 1e-9  # of what two changes have in common: pairs directions by size where nothing else pairs them
+_PREFERENCE = 1e-8  # pairs directions by size where nothing else pairs them, well above rounding noise
 
 
 def aligned(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
@@ -27,7 +27,7 @@ def aligned(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     for (weight, _), part in zip(terms, parts, strict=True):
         B, A = (_padded(side * part.S.sqrt(), r) for side in (part.U, part.V))  # A is turned: (k, r)
         first = first or (B, A)
-        Q = _rotation(B.mT @ first[0] + A.mT @ first[1])
+        Q = _rotation((B, A), first)
         up, down = up + (weight / total) * (B @ Q), down + (abs(weight) / total) * (A @ Q)
     return LowRank(up, down.mT, max(abs(weight) for weight, _ in terms))
 
@@ -36,8 +36,9 @@ def _padded(X: torch.Tensor, r: int) -> torch.Tensor:
     return torch.nn.functional.pad(X, (0, r - X.shape[1]))
 
 
-def _rotation(M: torch.Tensor) -> torch.Tensor:
-    """The orthogonal Q nearest to M (r, r)."""
-    size = torch.linalg.matrix_norm(M)
-    U, _, Vh = torch.linalg.svd(M + _PREFERENCE * (size if size > 0 else 1) * torch.eye(len(M)).to(M))
+def _rotation(part: tuple[torch.Tensor, torch.Tensor], onto: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The orthogonal Q (r, r) that brings the columns of both matrices nearest to the others'."""
+    M = part[0].mT @ onto[0] + part[1].mT @ onto[1]
+    size = torch.linalg.matrix_norm(part[0]) * torch.linalg.matrix_norm(onto[0])
+    U, _, Vh = torch.linalg.svd(M + _PREFERENCE * size * torch.eye(len(M)).to(M))
     return U @ Vh

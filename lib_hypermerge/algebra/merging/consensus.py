@@ -24,9 +24,9 @@ def agreeing(like: torch.Tensor, weights: Sequence[float], parts: Sequence[Rows]
 
     Elect and disjoint merge of TIES (Yadav et al. 2023, arXiv 2306.01708, algorithm 1). There all weights are equal
     and the mean divides by how many agree; here each counts by its weight, relative to the heaviest that agrees:
-    Σ w_i·τ_i · max|w_i| / Σ|w_i|. So a single term gives w·τ, equal terms of equal weight give w·τ, a light term
-    hardly changes what a heavy one says, and all weights times c gives c times the result. Where Σ w_i·τ_i is zero,
-    nobody is elected and the result is zero.
+    Σ w_i·τ_i · max|w_i| / Σ|w_i|, no weight zero. So a single term gives w·τ, equal terms of equal weight give w·τ, a
+    light term hardly changes what a heavy one says, and all weights times c give c times the result. Where Σ w_i·τ_i
+    is zero, nobody is elected and the result is zero.
     """
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     for start, stop in slabs(*like.shape):
@@ -34,11 +34,11 @@ def agreeing(like: torch.Tensor, weights: Sequence[float], parts: Sequence[Rows]
         sign = torch.stack(terms).sum(0).sign_()
         total, shares, heaviest = (torch.zeros_like(sign) for _ in range(3))
         for weight, term in zip(weights, terms, strict=True):
-            agree = (term.sign() == sign).to(sign.dtype)
-            total.addcmul_(term, agree)
-            agree *= abs(weight)
+            agree = (term * sign).clamp_(min=0)  # its magnitude where it agrees
+            total += agree
+            agree.sign_().mul_(abs(weight))
             shares += agree
             torch.maximum(heaviest, agree, out=heaviest)
-        shares[shares == 0] = 1
-        torch.div(total.mul_(heaviest), shares, out=out[start:stop])
+        shares.clamp_(min=min(map(abs, weights)))  # where nobody agrees
+        torch.mul(total.mul_(heaviest).div_(shares), sign, out=out[start:stop])
     return out

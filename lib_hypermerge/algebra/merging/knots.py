@@ -9,6 +9,8 @@ from ..factored import LowRank
 from .singular import singular
 from .ties import ties
 
+_NOISE = 1e-13  # of a part's norm: entries below are rounding and have no say about a sign
+
 
 def knots(terms: Sequence[tuple[float, LowRank]], density: float) -> LowRank:
     """U·T with [Δ₁ … Δ_M] = U·Σ·[V₁ᵀ … V_Mᵀ] and T = TIES of the parts Σ·V_iᵀ; rank at most the sum of all ranks.
@@ -30,4 +32,5 @@ def common_basis(changes: Sequence[LowRank]) -> tuple[torch.Tensor, list[torch.T
     rights = [torch.linalg.qr(change.down.double().mT) for change in changes]
     whole = singular(LowRank(up, torch.block_diag(*(right.R.mT for right in rights))))
     blocks = whole.V.split([right.R.shape[0] for right in rights])
-    return whole.U, [whole.S[:, None] * (right.Q @ V).mT for right, V in zip(rights, blocks, strict=True)]
+    parts = [whole.S[:, None] * (right.Q @ V).mT for right, V in zip(rights, blocks, strict=True)]
+    return whole.U, [part.where(abs(part) > _NOISE * torch.linalg.matrix_norm(part), 0.0) for part in parts]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...lazy import torch
 
-_CHUNK = 1 << 18  # entries that are looked at together: they stay in the processor's cache
+_CHUNK = 1 << 16  # entries that are looked at together: they stay in the processor's cache
 _SAMPLE = 1 << 13
 
 
@@ -29,32 +29,28 @@ class Largest:
     """
 
     def __init__(self, A: torch.Tensor, count: int):
-        self.A = A.contiguous()
+        self.A, self.bound, self.last = A.contiguous(), 0.0, A.numel()
+        if count >= A.numel():
+            return  # a bound of 0 keeps all
         flat = self.A.view(-1)
-        self.bound = bound = 0.0 if count >= len(flat) else kth_largest(flat, count)
-        if bound == 0:  # all that is not zero is kept
-            return
-        above = sum(int(torch.count_nonzero(part.abs() > bound)) for part in flat.split(_CHUNK))
-        equal = [
-            (part.abs() == bound).nonzero()[:, 0] + start
-            for start, part in zip(range(0, len(flat), _CHUNK), flat.split(_CHUNK), strict=True)
-        ]
-        self.last = int(torch.cat(equal)[count - above - 1])  # the last of those as large as the bound that is kept
+        self.bound, above, equal = kth_largest(flat, count)
+        if self.bound and above + equal > count:
+            self.last = int((flat.abs() == self.bound).nonzero()[count - above - 1])
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """(stop − start, k), a new tensor or A's own."""
         slab = self.A[start:stop]
         if self.bound == 0:
             return slab
-        size, k = slab.abs(), slab.shape[1]
-        keep = size > self.bound if self.last < start * k else size >= self.bound
-        if start * k <= self.last < stop * k:
-            keep.view(-1)[self.last - start * k + 1 :] &= size.view(-1)[self.last - start * k + 1 :] > self.bound
+        size, reach = slab.abs(), self.last + 1 - start * slab.shape[1]
+        keep = size >= self.bound
+        if reach < slab.numel():  # those as large as the bound, but behind the last that is kept
+            keep.view(-1)[max(0, reach) :] &= size.view(-1)[max(0, reach) :] > self.bound
         return slab * keep
 
 
-def kth_largest(flat: torch.Tensor, count: int) -> float:
-    """The count-th largest magnitude among flat's entries, 1 ≤ count ≤ their number.
+def kth_largest(flat: torch.Tensor, count: int) -> tuple[float, int, int]:
+    """The count-th largest magnitude among flat's entries, how many are larger, and how many equal; count ≥ 1.
 
     A sample tells in between which values it must be; one pass then finds it among the few in between. Several times
     faster than selecting among all, and as exact: where the sample deceives, all are taken.
@@ -71,4 +67,5 @@ def kth_largest(flat: torch.Tensor, count: int) -> float:
     few = torch.cat(between)
     if not above < count <= above + len(few):
         above, few = 0, flat.abs()
-    return float(few.kthvalue(len(few) - (count - above) + 1).values)
+    bound = few.kthvalue(len(few) - (count - above) + 1).values
+    return float(bound), above + int((few > bound).sum()), int((few == bound).sum())

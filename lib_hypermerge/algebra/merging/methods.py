@@ -16,7 +16,8 @@ class Method:
     id: as written in requests.  title: for people.  source: paper and arXiv number, where there is one.
     kind: FACTORED never forms n×k and gives factors; DENSE works on whole matrices and gives one, of full rank.
     advice: when it is a good idea or a bad one.  uses: which of DENSITY, SEED and ENERGY it heeds.
-    strength: SUM, about as strong as all terms together; MEAN, as one of them; PART, a part of the first.
+    strength: what terms do that say the same: SUM, they add up; MEAN, they count once, at about the largest weight, and
+    only unlike ones add up; PART, the result is a part of the first.
     In all of them weights times c give c times the result, and a term of weight 0 is as if it were not there.
     rank: of the result at most the "sum" of all ranks, the "largest" of them, that of the "first", or "full".
     is_exact: whether the result is Σ w·Δ itself.  symmetric: whether the order of terms is of no account.
@@ -114,6 +115,7 @@ _ALL = (
         FACTORED,
         "Turns LoRAs out of each other's way, good for unlike subjects; not for LoRAs that are nearly the same.",
         (ENERGY,),
+        MEAN,
     ),
     Method(
         "iso-c",
