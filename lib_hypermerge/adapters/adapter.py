@@ -101,6 +101,13 @@ class Adapter(ABC):
         return self.tensors[name].to(weight.device, weight.dtype)
 
 
+def rank_as_alpha(name: str, rank: int, dtype: torch.dtype) -> tuple[str, torch.Tensor]:
+    """The tensor of an alpha that makes the scale 1, beside tensors in dtype."""
+    # bfloat16 cannot hold every rank above 256, float16 every rank up to 2048
+    alpha_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+    return f"{name}.alpha", torch.tensor(float(rank), dtype=alpha_dtype)
+
+
 def flat(shape: Shape) -> tuple[int, int]:
     """The size as a matrix: rows, and everything else."""
     k = 1

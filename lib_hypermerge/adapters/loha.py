@@ -9,9 +9,12 @@ every column of one w_a with every column of the other, and of the rows of the w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ..algebra.factored import LowRank
+from ..algebra.hadamard import Hadamard
 from ..lazy import torch
-from .adapter import Adapter, Shape, Shapes, disagree, flat, require, squeezed
+from .adapter import Adapter, Shape, Shapes, disagree, flat, rank_as_alpha, require, squeezed
 
 A1, B1, A2, B2 = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 T1, T2 = "hada_t1", "hada_t2"
@@ -68,6 +71,13 @@ class Loha(Adapter):
 def made(shapes: Shapes) -> Shape | None:
     """The size of the change; None if the parts disagree."""
     return _made(shapes, A1, B1, T1)
+
+
+def tensors(name: str, product: Hadamard) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one module with alpha = rank, as LyCORIS writes them; those of a convolution are matrices too."""
+    for part, factor in ((A1, product.up1), (B1, product.down1), (A2, product.up2), (B2, product.down2)):
+        yield f"{name}.{part}", factor
+    yield rank_as_alpha(name, len(product.down1), product.down1.dtype)
 
 
 def _made(shapes: Shapes, a: str, b: str, t: str) -> Shape | None:

@@ -9,9 +9,12 @@ Flattened, w1 ⊗ w2 = (a1·b1) ⊗ (a2·b2) = (a1 ⊗ a2)·(b1 ⊗ b2): low-ran
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ..algebra.factored import LowRank
+from ..algebra.kronecker import Kronecker
 from ..lazy import torch
-from .adapter import Adapter, Shape, Shapes, disagree, flat, require, squeezed
+from .adapter import Adapter, Shape, Shapes, disagree, flat, rank_as_alpha, require, squeezed
 
 W1, A1, B1 = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 W2, A2, B2, T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
@@ -72,6 +75,20 @@ class Lokr(Adapter):
         if T2 in self.tensors:
             up, down = up.mT, torch.einsum("abyx,bq->aqyx", self.tensors[T2].to(dtype), down)
         return up.contiguous(), down.flatten(1).contiguous()  # torch.kron asks for it
+
+
+def tensors(name: str, product: Kronecker, weight_shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one module with a scale of 1, as LyCORIS writes them.
+
+    Of a convolution (n, c, kh, kw) a whole w2 is (p, q, kh, kw), the factors of one are matrices.
+    """
+    yield f"{name}.{W1}", product.w1
+    if product.w2 is not None:
+        yield f"{name}.{W2}", product.w2.reshape(len(product.w2), -1, *weight_shape[2:])
+    if product.up is not None and product.down is not None:
+        yield f"{name}.{A2}", product.up
+        yield f"{name}.{B2}", product.down
+    yield rank_as_alpha(name, 1 if product.down is None else len(product.down), product.w1.dtype)
 
 
 def _split(up: torch.Tensor, down: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ..algebra.factored import LowRank
 from ..lazy import torch
-from .adapter import Adapter, Shape, Shapes, disagree, flat, require, squeezed
+from .adapter import Adapter, Shape, Shapes, disagree, flat, rank_as_alpha, require, squeezed
 
 UP, DOWN, MID, UP_BIAS = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "lora_up.bias"
 
@@ -87,9 +87,7 @@ def tensors(
         up = up.reshape(*up.shape, 1, 1)
     yield f"{name}.{DOWN}", down
     yield f"{name}.{UP}", up
-    # bfloat16 cannot hold every rank above 256, float16 every rank up to 2048
-    alpha_dtype = torch.float32 if up.dtype == torch.float32 else torch.float16
-    yield f"{name}.alpha", torch.tensor(float(rank), dtype=alpha_dtype)
+    yield rank_as_alpha(name, rank, up.dtype)
 
 
 def tensor_bytes(rank: int, n: int, k: int, itemsize: int) -> int:

@@ -23,26 +23,34 @@ class BaseModel:
 
 
 def lora_metadata(
-    *, name: str, base: BaseModel, base_file: str, ranks: dict[str, int], conv_ranks: dict[str, int], recipe: dict
+    *,
+    name: str,
+    base: BaseModel,
+    base_file: str,
+    ranks: dict[str, int],
+    conv_ranks: dict[str, int],
+    recipe: dict,
+    lycoris: dict[str, str] | None = None,
 ) -> dict[str, str]:
     """Header texts of a LoRA file, without the two hashes.
 
     name: the file's stem, which becomes the alias in prompts.  ranks, conv_ranks: rank per LoRA
-    module of linear and of 3×3 layers.  recipe: how the file was made; becomes `hypermerge`.
+    module of linear and of 3×3 layers.  recipe: how the file was made; becomes `hypermerge`.  lycoris: the arguments
+    by which LyCORIS would make such a network; without them it is kohya's.
     No date: equal inputs give equal files.
     """
     linear, conv = set(ranks.values()), set(conv_ranks.values())
     all_ranks = linear | conv
     uniform = len(all_ranks) == 1
     mixed_by_kind = len(linear) == 1 and len(conv) == 1
-    network_args: dict[str, object] = {}
+    network_args: dict[str, object] = dict(lycoris or {})
     if conv:
         conv_dim = str(max(conv)) if len(conv) == 1 else "Dynamic"
-        network_args = {"conv_dim": conv_dim, "conv_alpha": conv_dim}
+        network_args |= {"conv_dim": conv_dim, "conv_alpha": conv_dim}
     dim = str(max(linear or conv)) if uniform or mixed_by_kind or len(linear) == 1 else "Dynamic"
     return {
         "ss_output_name": name,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
         "ss_network_dim": dim,
         "ss_network_alpha": dim,
         "ss_network_args": json.dumps(network_args),
