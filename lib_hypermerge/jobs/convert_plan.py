@@ -152,7 +152,7 @@ def make_plan(spec: ConvertSpec, host: Host) -> AdapterPlan:
     return plan
 
 
-def _embeddings(lora: LoraInput) -> dict[str, tuple[TensorFile, TensorInfo]]:
+def embeddings_of(lora: LoraInput) -> dict[str, tuple[TensorFile, TensorInfo]]:
     """Tensors of bundled embeddings: in the file, or in a file of their own that a PEFT folder of ours has."""
     found: dict[str, tuple[TensorFile, TensorInfo]] = {}
     beside = lora.path / EMBEDDINGS
@@ -164,7 +164,7 @@ def _embeddings(lora: LoraInput) -> dict[str, tuple[TensorFile, TensorInfo]]:
 
 def plan_units(plan: AdapterPlan) -> None:
     """Find out what becomes of each module."""
-    plan.embeddings = _embeddings(plan.lora)
+    plan.embeddings = embeddings_of(plan.lora)
     groups: dict[tuple[str, str], tuple[Module, list[Source]]] = {}
     for entry, target in plan.lora.resolution.targets:
         module, family = target.module, plan.lora.families[entry.key]

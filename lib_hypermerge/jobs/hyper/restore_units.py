@@ -11,8 +11,9 @@ from ...adapters.adapter import BIAS, Adapter
 from ...adapters.full import DIFF
 from ...adapters.lora import UP
 from ...adapters.norm import SHIFT, WEIGHT
-from ...algebra.factored import LowRank, compress, norm, weighted_sum
-from ...algebra.lowrank import Factors, check_range
+from ...algebra.factored import LowRank, compress, weighted_sum
+from ...algebra.lowrank import check_range
+from ...algebra.side_by_side import rounded
 from ...errors import NumericalError
 from ...layouts.adapter_file import Entry, Target
 from ...layouts.module import CONV, LORA_KINDS, NORM, Module
@@ -91,7 +92,7 @@ def join(unit: Unit, most: int | None, dtype: torch.dtype) -> Joined:
     n, k = unit.module.matrix_shape
     whole = _sum(unit, n, k)
     rank = unit.rank(most)
-    made = _rounded(whole, dtype) if whole.rank <= rank else compress(whole, dtype, rank)
+    made = rounded(whole, dtype) if whole.rank <= rank else compress(whole, dtype, rank)
     tensors = list(lora.tensors(unit.name, made.up, made.down, unit.module.weight.shape))
     return Joined(unit.name, tensors + parts, unit.module.kind == CONV, made.rank, made.energy, made.error2)
 
@@ -116,22 +117,6 @@ def _check_finite(term: Term, *tensors: torch.Tensor) -> None:
         raise NumericalError(
             f"{term.entry.key} in {term.lora.path.name} holds NaN or Inf.", "The file is damaged.", "Get a sound copy."
         )
-
-
-def _rounded(whole: LowRank, dtype: torch.dtype) -> Factors:
-    """All directions as they are, but for powers of two that bring a column of up and its row of down to one size:
-    that rounds nothing, and fp16 holds both."""
-    lengths = whole.up.norm(dim=0), whole.down.norm(dim=1)
-    alive = (lengths[0] > 0) & (lengths[1] > 0)
-    ratio = torch.where(alive, lengths[1] / lengths[0].clamp_min(1e-300), 1.0)
-    power = torch.exp2((ratio.log2() / 2).round())
-    up, down = whole.up * power, whole.down / power[:, None]
-    first, second = up.to(dtype).contiguous(), down.to(dtype).contiguous()
-    check_range(first, dtype)
-    check_range(second, dtype)
-    # up·down − first·second, each summand small by itself, so that its norm comes out precise
-    rest = ((1.0, LowRank(up - first.double(), second)), (1.0, LowRank(up, down - second.double())))
-    return Factors(first, second, torch.empty(0), norm(weighted_sum(rest)) ** 2, norm(whole) ** 2)
 
 
 def _added(unit: Unit, dtype: torch.dtype) -> dict[str, torch.Tensor]:
