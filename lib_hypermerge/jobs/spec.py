@@ -13,10 +13,10 @@ from ..errors import SpecError
 S = TypeVar("S", bound="Spec")
 
 # kinds of parameters; lora and checkpoint are a model's name, loras a list of WeightedLora, lora files names of LoRAs,
-# files names of either, integers several numbers
-CHECKPOINT, LORA, LORAS, LORA_FILES, FILES, OUTPUT, TEXT, INTEGER, INTEGERS, NUMBER, CHOICE, CHOICES, FLAG = (
-    "checkpoint", "lora", "loras", "lora files", "files", "output", "text", "integer", "integers", "number", "choice",
-    "choices", "flag",
+# files names of either, prompt a text that names LoRAs with weights, integers several numbers
+CHECKPOINT, LORA, LORAS, LORA_FILES, FILES, PROMPT, OUTPUT, TEXT, INTEGER, INTEGERS, NUMBER, CHOICE, CHOICES, FLAG = (
+    "checkpoint", "lora", "loras", "lora files", "files", "prompt", "output", "text", "integer", "integers", "number",
+    "choice", "choices", "flag",
 )  # fmt: skip
 NAME_LISTS = (FILES, LORA_FILES)
 
@@ -168,7 +168,7 @@ def _checked(name: str, param: Param, value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, str) and v for v in value):
             raise wrong("must list one or more names.")
         return tuple(value)
-    if param.kind in (CHECKPOINT, LORA, OUTPUT, TEXT):
+    if param.kind in (CHECKPOINT, LORA, PROMPT, OUTPUT, TEXT):
         if not isinstance(value, str):
             raise wrong("must be a text.")
         return value

@@ -1,0 +1,1 @@
+"""Several LoRAs with weights as one LoRA."""
