@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,34 @@ _FIRST_GUESS = 32
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A layer in a family as it stands in the file.
+
+    rank: None where there is none.  error2: ‖ΔW − what the rounded tensors make‖²_F.  rival2: that of a LoRA of as
+    many numbers.  method: how a LoRA's factors were found.
+    """
+
+    family: str
+    tensors: tuple[tuple[str, torch.Tensor], ...]
+    rank: int | None
+    error2: float
+    rival2: float
+
+    @property
+    def wins(self) -> bool:
+        """Whether it is closer than a LoRA of its size."""
+        return self.error2 < self.rival2
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors, but for alpha."""
+        return sum(tensor.nbytes for _, tensor in self.tensors if tensor.dim())
+
+
+@dataclass(frozen=True)
 class LayerResult:
-    """status: written, identical or nonfinite.  Of a written layer factors, or shifts and their error2.
+    """status: written, identical or nonfinite.  Of a written layer factors, or shifts and their error2, or its
+    fits by family.
     S: the singular values known, descending float64; complete tells whether these are all.
     fell_back: computed on the CPU for want of device memory."""
 
@@ -29,6 +56,7 @@ class LayerResult:
     energy: float = 0.0
     factors: Factors | None = None
     shifts: torch.Tensor | None = None
+    fits: dict[str, Fit] | None = None
     error2: float = 0.0
     S: torch.Tensor | None = None
     complete: bool = False
@@ -46,19 +74,23 @@ class LayerWork:
         self._low = torch.bfloat16 if use_low else None
 
     def extract(self, pair: Pair, rank: int | None = None) -> LayerResult:
-        return self._on_device(pair, lambda matrix: self._factorise(matrix, pair, rank))
+        return self.on_device(pair, lambda matrix: self._factorise(matrix, pair, rank))
 
     def shifts(self, pair: Pair) -> LayerResult:
         """Spectral shifts (m,) in the output's dtype, and the error that these make."""
-        assert pair.base.weight is not None
-        weight = pair.base.weight
 
         def work(matrix: Matrix) -> dict:
-            base = self.plan.base.file.read(weight).to(matrix.A.device).float().reshape(matrix.A.shape)
+            base = self.base_weight(pair, matrix.A.device).reshape(matrix.A.shape)
             shifts, error2 = svdiff.extract(base, matrix.A, self.dtype)
             return {"shifts": shifts.cpu(), "error2": error2, "method": "spectral"}
 
-        return self._on_device(pair, work)
+        return self.on_device(pair, work)
+
+    def base_weight(self, pair: Pair, device: torch.device) -> torch.Tensor:
+        """A new tensor in float32, in the weight's shape."""
+        assert pair.base.weight is not None
+        stored = self.plan.base.file.read(pair.base.weight)
+        return stored.to(device, copy=True).float()
 
     def spectrum(self, pair: Pair, cap: int) -> LayerResult:
         """Singular values up to cap, without factors."""
@@ -68,9 +100,10 @@ class LayerWork:
             known = basis.S if basis.exact else basis.S[: len(basis.rows)]
             return {"S": known, "complete": basis.exact}
 
-        return self._on_device(pair, values)
+        return self.on_device(pair, values)
 
-    def _on_device(self, pair: Pair, work) -> LayerResult:
+    def on_device(self, pair: Pair, work: Callable[[Matrix], dict]) -> LayerResult:
+        """A layer's change on the device, or on the CPU for want of memory; work answers with fields of its result."""
         return on_device(self.device, lambda device, fell_back: self._run(pair, work, device, fell_back))
 
     def _run(self, pair: Pair, work, device: str, fell_back: bool) -> LayerResult:

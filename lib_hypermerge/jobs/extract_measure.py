@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..adapters.lora import tensor_bytes
-from .extract_layers import LayerResult
+from .extract_layers import Fit, LayerResult
 
 
 def _ratio(error2: float, energy: float) -> float:
@@ -26,6 +26,7 @@ class Measures:
     ranks: Counter[int] = field(default_factory=Counter)
     methods: Counter[str] = field(default_factory=Counter)
     fell_back: int = 0
+    rivals: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by component
     _spectra: list[tuple[torch.Tensor, float, int, int]] = field(default_factory=list)
 
     def add(self, result: LayerResult, spectrum: LayerResult) -> None:
@@ -42,6 +43,18 @@ class Measures:
         n, k = module.matrix_shape
         self._spectra.append((spectrum.S.square(), result.energy, n, k))
 
+    def add_fit(self, result: LayerResult, fit: Fit) -> None:
+        """Take note of a layer that is written in one of its fits."""
+        module = result.pair.tuned
+        sums = self.blocks[module.component, module.block]
+        sums[0] += fit.error2
+        sums[1] += result.energy
+        self.rivals[module.component] += fit.rival2
+        self.methods[result.method] += 1
+        self.fell_back += result.fell_back
+        if fit.rank is not None:
+            self.ranks[fit.rank] += 1
+
     @property
     def error2(self) -> float:
         return math.fsum(sums[0] for sums in self.blocks.values())
@@ -55,7 +68,8 @@ class Measures:
         return _ratio(self.error2, self.energy)
 
     def by_component(self) -> dict[str, Any]:
-        """component → relative error, its share of the change, and the same per block."""
+        """component → relative error, its share of the change, and the same per block; what a family other than
+        LoRA gains over one of its size."""
         out: dict[str, Any] = {}
         for component in sorted({c for c, _ in self.blocks}, reverse=True):
             own = {block: sums for (c, block), sums in sorted(self.blocks.items()) if c == component}
@@ -67,6 +81,8 @@ class Measures:
                     b: {"relative_error": _ratio(*s), "share_of_change": s[1] / self.energy} for b, s in own.items()
                 },
             }
+            if rival2 := self.rivals.get(component):
+                out[component]["gain"] = 1 - math.sqrt(error2 / rival2)
         return out
 
     def curve(self) -> list[dict[str, float]]:

@@ -17,7 +17,17 @@ RULES = (
     ("cumulative", "the share target of the sum of singular values in every layer"),
     ("size", "a file of target MiB, ranks allotted over all layers at once"),
 )
-LORA, SVDIFF = "lora", "svdiff"
+LORA, DORA, LOHA, LOKR, SVDIFF, BEST = "lora", "dora", "loha", "lokr", "svdiff", "best"
+FAMILIES = (
+    (LORA, "LoRA: two factors, read by everything"),
+    (DORA, "DoRA: LoRA with a magnitude for every input channel"),
+    (LOHA, "LoHa: an entrywise product of two LoRAs of half the rank"),
+    (LOKR, "LoKr: a Kronecker product"),
+    (BEST, "the one of these four that fits this pair best"),
+    (SVDIFF, "SVDiff: spectral shifts"),
+)
+# families that take the place of a LoRA of the same size, in the layers where they are closer
+RIVALS = (DORA, LOHA, LOKR)
 _GROUP_TITLES = {
     "attention": "attention", "feedforward": "feed-forward (MLP)", "projection": "projections around attention",
     "resnet": "residual blocks", "sampling": "down- and up-sampling", "embedding": "time and class embeddings",
@@ -27,7 +37,7 @@ _GROUP_TITLES = {
 
 @dataclass(frozen=True)
 class ExtractSpec(Spec):
-    """A LoRA that turns the base checkpoint into the tuned one."""
+    """A LoRA, or a file of a related family, that turns the base checkpoint into the tuned one."""
 
     verb: ClassVar[str] = "extract"
 
@@ -48,6 +58,12 @@ class ExtractSpec(Spec):
         NUMBER, "Target of the rank rule",
         "ratio: 0…1 (or above 1: largest / smallest kept). energy, cumulative: 0…1. size: MiB. Unused by fixed.",
         None, optional=True,
+    )  # fmt: skip
+    family: str = param(
+        CHOICE, "Family",
+        "DoRA, LoHa and LoKr go into the layers where they are closer than a LoRA of the same size; A1111, Forge and "
+        "ComfyUI load them. SVDiff is one number per singular value, a file under 1 MB which no WebUI reads.", LORA,
+        choices=FAMILIES,
     )  # fmt: skip
     components: tuple[str, ...] = param(
         CHOICES, "Components",
@@ -74,11 +90,6 @@ class ExtractSpec(Spec):
     dtype: str = param(
         CHOICE, "Number format", "fp16 is what everything loads.", "fp16",
         choices=(("fp16", "16-bit float"), ("bf16", "bfloat16"), ("fp32", "32-bit float, twice the size")),
-    )  # fmt: skip
-    family: str = param(
-        CHOICE, "Family",
-        "SVDiff keeps one number per singular value of a layer: a file under 1 MB, which few programs read.", LORA,
-        choices=((LORA, "LoRA"), (SVDIFF, "SVDiff: spectral shifts")), advanced=True,
     )  # fmt: skip
     min_rank: int = param(INTEGER, "Least rank", "No changed layer gets less.", 1, bounds=(1, 4096), advanced=True)
     max_rank: int | None = param(
@@ -114,13 +125,20 @@ class ExtractSpec(Spec):
     @staticmethod
     def suggest_name(values: dict[str, Any]) -> str:
         """A name for the result after the fine-tune's; "" as long as there is none."""
-        return f"{PurePath(values['tuned']).stem}-lora" if values.get("tuned") else ""
+        family = values.get("family")
+        return f"{PurePath(values['tuned']).stem}-{family if family in RIVALS else LORA}" if values.get("tuned") else ""
 
     def check(self) -> None:
         if self.family == SVDIFF and (self.rank_rule != "fixed" or self.norms or self.biases):
             raise SpecError(
                 "Spectral shifts have no rank, and the file holds neither norms nor biases.",
                 hint="Leave out the rank rule, norms and biases, or extract a LoRA.",
+            )
+        if self.family in (*RIVALS, BEST) and self.rank_rule != "fixed":
+            raise SpecError(
+                f"The rank rule {self.rank_rule!r} is for a LoRA.",
+                "Other families are given the size of a LoRA of one rank.",
+                "Leave the rule at 'fixed' and choose the rank, or extract a LoRA.",
             )
         rule, target = self.rank_rule, self.rank_target
         if rule != "fixed":

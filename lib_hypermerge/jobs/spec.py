@@ -259,7 +259,8 @@ def _schema(param: Param, default: Any) -> dict[str, Any]:
         out["enum"] = allowed
     for key, bound in zip(("minimum", "maximum"), param.bounds, strict=True):
         if bound is not None:
-            (out["items"] if param.kind == INTEGERS else out)[key] = bound
+            holder: dict[str, Any] = out["items"] if param.kind == INTEGERS else out
+            holder[key] = bound
     if default is not dataclasses.MISSING:
         out["default"] = list(default) if isinstance(default, tuple) else default
     return out

@@ -7,6 +7,7 @@ from importlib import import_module
 from types import ModuleType
 
 from ..errors import SpecError
+from .combine.spec import CombineSpec
 from .convert_spec import ConvertSpec
 from .extract_spec import ExtractSpec
 from .hyper.fit_spec import FitSpec
@@ -36,6 +37,10 @@ class Verb:
 VERBS = {
     "extract": Verb("extract", "Extract", "A LoRA from a fine-tuned checkpoint and its base.", ExtractSpec, ".extract"),
     "merge": Verb("merge", "Merge", "LoRAs of any kind into a checkpoint.", MergeSpec, ".merge"),
+    "combine": Verb(
+        "combine", "Combine", "Several LoRAs with weights, or those of a prompt, as one LoRA.", CombineSpec,
+        ".combine.job",
+    ),
     "transfer": Verb(
         "transfer", "Transfer", "LoRAs of one base checkpoint for another, related one.", TransferSpec, ".transfer.job",
     ),

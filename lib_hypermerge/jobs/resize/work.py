@@ -38,9 +38,14 @@ Choose = Callable[[str, Spectrum], list[int]]
 class Spectral(Protocol):
     """A change of which the singular values are known; factors() gives its best factors of a rank."""
 
-    S: torch.Tensor
-    rank: int
-    energy: float
+    @property
+    def S(self) -> torch.Tensor: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def energy(self) -> float: ...
 
     def factors(self, rank: int, dtype: torch.dtype) -> Factors: ...
 
@@ -220,10 +225,7 @@ class ResizeWork(ModuleWork):
         dtype, change = self._dtype(piece), piece.change
         if method == SVD or (method == RSVD and not isinstance(change, LowRank)):
             return core.factors(rank, dtype)
-        low = change if isinstance(change, LowRank) else None
-        if low is None:  # random directions of the columns that the change has
-            low = LowRank(change, torch.eye(change.shape[1])) if change.shape[0] > change.shape[1] else LowRank(
-                torch.eye(change.shape[0]), change)  # fmt: skip
+        low = change if isinstance(change, LowRank) else _trivially(change)
         if method == RSVD:
             return projecting.randomised(low, rank, dtype, self._seed(piece))
         return projecting.random_projection(low, rank, dtype, self._seed(piece), sparse=method == SPARSE)
@@ -304,6 +306,12 @@ class ResizeWork(ModuleWork):
             m = m.reshape(-1, *[1] * (max(2, len(source.shape)) - 1))
         beside = {k: v for k, v in tensors.items() if k == BIAS}
         return self._factors(source, factors) | {SCALE: m} | beside, error2
+
+
+def _trivially(change: torch.Tensor) -> LowRank:
+    """As a product with the unit matrix of the shorter side: random directions of what a whole matrix has."""
+    n, k = change.shape
+    return LowRank(change, torch.eye(k)) if n > k else LowRank(torch.eye(n), change)
 
 
 def _change(factors: Factors, shape: torch.Size) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import LayoutError, UnchangedError
 from ...files.unnamed import Written
+from ...words import two_digits
 from ..devices import whole_float32
 from ..host import Context, Host
 from ..report import Output, Report
@@ -26,7 +27,6 @@ __all__ = ["TransferSpec", "make_plan", "run"]
 UNRELATED = 0.25  # a mean similarity below it is no relation
 _FEWEST_KNOWN = 0.05  # of the layers: with fewer similarities nobody knows whether the models are related
 _NEAR = 0.05  # apart by less than this, projecting and copying are the same
-_FEW = 3
 
 
 def run(plan: TransferPlan, host: Host, context: Context) -> Report:
@@ -100,8 +100,8 @@ class _Transfer:
         if not self.spec.force and similarity is not None and similarity < UNRELATED:
             raise LayoutError(
                 f"{names[0]} and {names[1]} are not related.",
-                f"The leading directions of their layers have a similarity of {similarity:.2f} on average, where 0 is "
-                f"chance and 1 the same; below {UNRELATED:g} a LoRA of the one means nothing to the other.", hint,
+                f"The leading directions of their layers have a similarity of {two_digits(similarity)} on average, where "
+                f"0 is chance and 1 the same; below {UNRELATED:g} a LoRA of the one means nothing to the other.", hint,
             )  # fmt: skip
         for path, lora in zip(self.plan.outputs, measures.loras, strict=True):
             if not lora.modules:
@@ -156,7 +156,7 @@ class _Transfer:
     def _warn(self, loras: list[dict[str, Any]]) -> None:
         similarity = self.measures.similarity
         if self.spec.force and (similarity is None or similarity < UNRELATED):
-            told = "unknown" if similarity is None else f"{similarity:.2f}"
+            told = "unknown" if similarity is None else two_digits(similarity)
             self.warnings.append(f"Forced: the similarity of the two bases is {told}, which is that of strangers.")
         for lora, own in zip(loras, self.measures.loras, strict=True):
             retained = lora["retained"]

@@ -20,6 +20,7 @@ from ...layouts.opening import open_checkpoint
 from ..adapter_inputs import LoraInput, open_lora
 from ..host import Host
 from ..outputs import refuse_inputs
+from ..resize.naming import MOST_FILES
 from .pairing import PLACE, Choice, Chosen, Partner, comparable, lay
 from .spec import COPY, CROSS, KEEP, NAME, USUAL_RANK, TransferSpec
 from .tree import tree
@@ -218,8 +219,8 @@ def make_plan(spec: TransferSpec, host: Host) -> TransferPlan:
     plan = TransferPlan(spec, source, target)
     try:
         _refuse_models(source, target)
-        for name in spec.loras:
-            plan.loras.append(open_lora(host.resolve_lora(name), source))
+        for path in _paths(spec, host):
+            plan.loras.append(open_lora(path, source))
         plan.outputs = [host.lora_output(spec.out.replace(NAME, _stem(lora.path))) for lora in plan.loras]
         _refuse_names(plan, host)
         plan.uses = [_uses(lora) for lora in plan.loras]
@@ -235,6 +236,20 @@ def make_plan(spec: TransferSpec, host: Host) -> TransferPlan:
         plan.close()
         raise
     return plan
+
+
+def _paths(spec: TransferSpec, host: Host) -> list[Path]:
+    """Every LoRA that was named, or that a folder or pattern takes in, once."""
+    found: dict[str, Path] = {}
+    for name in spec.loras:
+        found |= host.find_loras(name) or {name: host.resolve_lora(name)}
+    if len(found) > MOST_FILES:
+        raise SpecError(
+            f"{len(found)} LoRAs are too many at once.", f"At most {MOST_FILES} are, as all files appear together.",
+            "Do it in parts.",
+        )  # fmt: skip
+    spec.check_names(len(found))
+    return list(found.values())
 
 
 def _refuse_models(source: Model, target: Model) -> None:

@@ -7,10 +7,10 @@ from pathlib import PurePath
 from typing import Any, ClassVar
 
 from ...errors import SpecError
+from ..checkpoint_formats import KEEP
 from ..spec import CHECKPOINT, CHOICE, FLAG, INTEGER, LORA_FILES, NUMBER, OUTPUT, Spec, param
 
 COPY, LORA_X, PROLORA, CROSS = "copy", "lora-x", "prolora", "cross"
-KEEP = "keep"
 NAME = "{name}"  # stands for a LoRA's own name in that of its output
 USUAL_ENERGY = 0.9
 USUAL_RANK = 64  # of changes that have no factors of their own
@@ -23,7 +23,11 @@ class TransferSpec(Spec):
     verb: ClassVar[str] = "transfer"
 
     loras: tuple[str, ...] = param(
-        LORA_FILES, "LoRAs", "One or more, all trained on the source base; they share its decomposition.", flag="lora"
+        LORA_FILES,
+        "LoRAs",
+        "One or more, all trained on the source base. On the command line also folders, and patterns such as "
+        "'loras/*.safetensors'.",
+        flag="lora",
     )
     source_base: str = param(CHECKPOINT, "Source base", "The checkpoint that the LoRAs were trained on.")
     target_base: str = param(
@@ -78,15 +82,19 @@ class TransferSpec(Spec):
         return f"{PurePath(loras[0]).stem if len(loras) == 1 else NAME}-for-{PurePath(target).stem}"
 
     def check(self) -> None:
-        if len(self.loras) > 1 and NAME not in self.out:
-            raise SpecError(
-                f"{len(self.loras)} LoRAs cannot all be called {self.out!r}.", "Each becomes a file of its own.",
-                f"Put {NAME} where each one's own name is to stand, as in {NAME}-for-target.",
-            )  # fmt: skip
+        self.check_names(len(self.loras))
         if self.method == COPY and self.basis_energy is not None:
             raise SpecError(
                 "Copying uses no leading directions.", f"basis_energy was given, {self.basis_energy:g}.",
                 "Leave it out, or choose another method.",
+            )  # fmt: skip
+
+    def check_names(self, loras: int) -> None:
+        """SpecError if so many LoRAs would have one name."""
+        if loras > 1 and NAME not in self.out:
+            raise SpecError(
+                f"{loras} LoRAs cannot all be called {self.out!r}.", "Each becomes a file of its own.",
+                f"Put {NAME} where each one's own name is to stand, as in {NAME}-for-target.",
             )  # fmt: skip
 
     @property
