@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .jobs.report import Report
-from .words import counts, percent
+from .words import counts, percent, two_digits
 
 METHODS = {
     "copy": "copying", "lora-x": "projection on the target's leading directions (LoRA-X)",
@@ -29,7 +29,7 @@ def honest(report: Report) -> str:
     near = [lora["apart"] for lora in d["loras"] if lora["apart"] is not None]
     alike = d["method"] != "copy" and near and max(near) < 0.05
     return (
-        f"Transfer works between related models. These have a similarity Φ of {d['similarity']:.2f} "
+        f"Transfer works between related models. These have a similarity Φ of {two_digits(d['similarity'])} "
         "(1: the same leading directions, 0: those of strangers)."
         + (" So near, copying would do the same." if alike else "")
     )
@@ -80,5 +80,6 @@ def _similarity(part: dict[str, Any]) -> str:
         return "unknown: sizes differ"
     known = {name: block["similarity"] for name, block in part["blocks"].items() if block["similarity"] is not None}
     lowest = sorted(known.items(), key=lambda item: item[1])[:_SHOWN]
-    worst = ", ".join(f"{block} {value:.2f}" for block, value in lowest)
-    return f"{part['similarity']:.2f} in {part['layers']} layers, least {part['least']:.2f}; lowest blocks {worst}"
+    worst = ", ".join(f"{block} {two_digits(value)}" for block, value in lowest)
+    least = two_digits(part["least"])
+    return f"{two_digits(part['similarity'])} in {part['layers']} layers, least {least}; lowest blocks {worst}"

@@ -16,6 +16,11 @@ def percent(share: float) -> str:
     return f"{value:.1f} %" if value >= 1 or value == 0 else f"{value:.2g} %"
 
 
+def two_digits(value: float) -> str:
+    """A number about 0 as 0.00, on whichever side of it."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
 def counts(table: Mapping[str, int]) -> str:
     """As in "192 LoRA, 3 norm", the largest first; "none" for nothing."""
     ordered = sorted(table.items(), key=lambda item: -item[1])

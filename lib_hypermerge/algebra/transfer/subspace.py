@@ -58,8 +58,7 @@ def similarity(a: Directions, b: Directions) -> float | None:
     A side on which the two weights differ in size, or whose whole space is spanned, says nothing; None if neither
     says anything.
     """
-    r = max(a.count(COMPARED), b.count(COMPARED))
-    r = min(r, a.U.shape[1], b.U.shape[1])
+    r = min(a.count(COMPARED), b.count(COMPARED))
     sides = [(a.U, b.U), (a.V, b.V)]
     found = [_likeness(x[:, :r], y[:, :r]) for x, y in sides if len(x) == len(y) and 0 < r < len(x)]
     return sum(found) / len(found) if found else None

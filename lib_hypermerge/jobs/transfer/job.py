@@ -15,9 +15,10 @@ from ..devices import whole_float32
 from ..host import Context, Host
 from ..report import Output, Report
 from ..workers import map_in_order, plan_workers
-from .layers import COPIED, Carried, LayerWork
+from .layers import COPIED, MAPPED, Carried, LayerWork
 from .matching import Matcher
 from .measure import NO_LAYER, WRITTEN, Measures, ratio
+from .pairing import GUESS
 from .plan import Layout, TransferPlan, make_plan
 from .spec import CROSS, LORA_X, TransferSpec
 from .writing import Files
@@ -26,7 +27,7 @@ __all__ = ["TransferSpec", "make_plan", "run"]
 
 UNRELATED = 0.25  # a mean similarity below it is no relation
 _FEWEST_KNOWN = 0.05  # of the layers: with fewer similarities nobody knows whether the models are related
-_NEAR = 0.05  # apart by less than this, projecting and copying are the same
+_LOSSY = 0.5  # of the energy: keeping less is worth a note
 
 
 def run(plan: TransferPlan, host: Host, context: Context) -> Report:
@@ -100,8 +101,8 @@ class _Transfer:
         if not self.spec.force and similarity is not None and similarity < UNRELATED:
             raise LayoutError(
                 f"{names[0]} and {names[1]} are not related.",
-                f"The leading directions of their layers have a similarity of {two_digits(similarity)} on average, where "
-                f"0 is chance and 1 the same; below {UNRELATED:g} a LoRA of the one means nothing to the other.", hint,
+                f"The leading directions of their layers have a similarity of {two_digits(similarity)} on average, 0 "
+                f"being chance and 1 the same; below {UNRELATED:g} a LoRA of the one means nothing to the other.", hint,
             )  # fmt: skip
         for path, lora in zip(self.plan.outputs, measures.loras, strict=True):
             if not lora.modules:
@@ -160,17 +161,18 @@ class _Transfer:
             self.warnings.append(f"Forced: the similarity of the two bases is {told}, which is that of strangers.")
         for lora, own in zip(loras, self.measures.loras, strict=True):
             retained = lora["retained"]
-            if self.spec.method in (LORA_X, CROSS) and retained is not None and retained < 0.5:
+            if self.spec.method in (LORA_X, CROSS) and retained is not None and retained < _LOSSY:
+                instead = "" if lora["actions"].get(MAPPED) else " Copying or prolora would keep it."
                 self.warnings.append(
-                    f"{lora['name']}: projecting kept {100 * retained:.0f} % of the change (squared); the rest lies "
-                    "outside the target's leading directions. Copying or prolora would keep it."
+                    f"{lora['name']}: {100 * retained:.0f} % of the change (squared) were kept; the rest lies outside "
+                    f"the leading directions.{instead}"
                 )
             if own.lost_biases:
                 self.warnings.append(f"{lora['name']}: {own.lost_biases} changes of biases have no place; left out.")
-        guessed = sum(layer["paired_by"] == "order" for layer in self.measures.layers)
+        guessed = sum(layer["paired_by"] == GUESS for layer in self.measures.layers)
         if guessed:
             self.warnings.append(f"{guessed} layers were paired by their order alone: sizes let nothing be compared.")
-        mapped = sum(lora["actions"].get("mapped", 0) for lora in loras)
+        mapped = sum(lora["actions"].get(MAPPED, 0) for lora in loras)
         if mapped:
             self.warnings.append(
                 f"{mapped} modules went from one size to another, direction by direction: a guess that no measure "
