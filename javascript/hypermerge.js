@@ -203,6 +203,13 @@ window.hypermerge = window.hypermerge || (() => {
         return [null, 1, "", ""];
     }
 
+    // after the rows were filled at once: those that hold a LoRA are shown, and the first
+    function showRows(verb, name, loras, rows) {
+        const held = Array.from(loras).slice(0, rows).map(Boolean);
+        held.forEach((there, index) => row(verb, name, index).classList.toggle("hypermerge-spare", index > 0 && !there));
+        find(verb, `${name}_add`).classList.toggle("hypermerge-spare", held.every(Boolean));
+    }
+
     // there is nothing to send to without a WebUI
     function markHost() {
         document.documentElement.classList.toggle("hypermerge-alone", !root().querySelector("#txt2img_prompt"));
@@ -210,5 +217,5 @@ window.hypermerge = window.hypermerge || (() => {
     if (typeof onUiLoaded === "function") onUiLoaded(markHost); else markHost();
 
     return {start, ended, resume, resumed, ask, answered, task: (verb) => tasks[verb] || "", copy, send, sendInstead, fill, load,
-        styles, shownJob, stylesSaved, addRow, clearRow};
+        styles, shownJob, stylesSaved, addRow, clearRow, showRows};
 })();

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import render_convert, render_hyper, render_inspect, render_resize, render_transfer
+from . import render_combine, render_convert, render_hyper, render_inspect, render_resize, render_transfer
 from .jobs.report import Report
 from .words import counts as counts
 from .words import mib as mib
@@ -82,5 +82,5 @@ TEXTS: dict[str, Callable[[Report], list[str]]] = {
     "extract": _extract, "merge": _merge, "inspect": render_inspect.text,
     "convert": render_convert.text, "resize": render_resize.text, "hyper": render_hyper.text,
     "fit": render_hyper.fit_text, "restore": render_hyper.restore_text,
-    "transfer": render_transfer.text,
+    "transfer": render_transfer.text, "combine": render_combine.text,
 }  # fmt: skip

@@ -15,7 +15,7 @@ import gradio as gr
 
 from ..errors import HypermergeError, MissingError, defect
 from ..jobs.runner import QUEUED, RUNNING, Job, Runner, forecast
-from ..jobs.spec import CHECKPOINT, FLAG, LORA, LORAS, NAME_LISTS, OUTPUT, PREVIEW, has_preview
+from ..jobs.spec import CHECKPOINT, FLAG, LORA, LORAS, NAME_LISTS, OUTPUT, PREVIEW, PROMPT, has_preview
 from ..jobs.verbs import Verb
 from . import html
 from .compat import AT_ONCE, on, update
@@ -53,7 +53,7 @@ class Panel:
             self.controls[field] = Control(params.pop(field), [], lambda values: None)
         shown = [f for f, p in params.items() if not p.advanced]
         models = [f for f in shown if params[f].kind in MODELS and params[f].kind != LORAS]
-        rest = [f for f in shown if params[f].kind not in MODELS]
+        rest = [f for f in shown if params[f].kind not in (*MODELS, PROMPT)]
         advanced = [f for f, p in params.items() if p.advanced]
         styles = offers_styles(self.verb, self.runner)
         with gr.Column(elem_id=self._id("panel"), elem_classes=["hypermerge-offers-styles"] if styles else []):
@@ -66,7 +66,7 @@ class Panel:
                     if number == 0:
                         self.refresh = gr.Button("🔄", elem_id=self._id("refresh"), elem_classes=["tool"])
             for field in shown:
-                if params[field].kind == LORAS:
+                if params[field].kind in (PROMPT, LORAS):
                     add(field)
             self._add_rows(rest, params, add)
             if advanced:
@@ -133,6 +133,8 @@ class Panel:
         )  # fmt: skip
         on(self.refresh.click, self._refresh, dropdowns, dropdowns, **AT_ONCE)
         for held in self.controls.values():
+            if held.wire is not None:
+                held.wire(self.controls, self.runner.host)
             for component in held.components:  # a name that is being typed is not to be filled in
                 self._on_change(component.change, self._plan if held.param.kind == OUTPUT else self._plan_and_name)
         self._on_change(started.then, self._name_alone)  # the one that it had is taken now
@@ -255,7 +257,7 @@ class Panel:
         try:
             values = self._values(raw)
             params, required = self.verb.spec.params(), self.verb.spec.schema()["required"]
-            models = [f for f, p in params.items() if p.kind in MODELS]
+            models = [f for f, p in params.items() if p.kind in (*MODELS, PROMPT)]
             if not all(values[f] for f in models if f in required) or not any(values[f] for f in models):
                 return ""
             lists = [f for f in models if params[f].kind in NAME_LISTS and f in required]

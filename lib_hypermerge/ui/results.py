@@ -11,6 +11,7 @@ from ..jobs.report import Report
 from ..jobs.runner import CANCELLED, DONE, FAILED, Job
 from ..render import mib
 from . import (
+    combine_view,
     convert_view,
     extract_view,
     fit_view,
@@ -27,6 +28,7 @@ from . import (
 VIEWS: dict[str, Callable[[Report], str]] = {
     "extract": extract_view.view,
     "merge": merge_view.view,
+    "combine": combine_view.view,
     "inspect": inspect_view.view,
     "convert": convert_view.view,
     "resize": resize_view.view,

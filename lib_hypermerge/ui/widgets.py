@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
 
 from ..errors import SpecError
+from ..jobs.host import Host
 from ..jobs.spec import (
     CHECKPOINT,
     CHOICE,
@@ -24,6 +25,7 @@ from ..jobs.spec import (
     NAME_LISTS,
     NUMBER,
     OUTPUT,
+    PROMPT,
     Param,
     Spec,
     read_text,
@@ -41,12 +43,16 @@ Lists = dict[str, list[str]]  # kind of dropdown (CHECKPOINT, LORA, NAME_LISTS; 
 
 @dataclass
 class Control:
-    """components: in the order in which read() takes their values.  pickers: the dropdowns among them, by kind."""
+    """components: in the order in which read() takes their values.  pickers: the dropdowns among them, by kind.
+
+    wire: attaches what the control does with others of its panel, by their fields, once all are there.
+    """
 
     param: Param
     components: list[Any]
     read: Callable[[Sequence[Any]], Any]
     pickers: list[tuple[Any, str]] = field(default_factory=list)
+    wire: Callable[[Mapping[str, Control], Host], None] | None = None
 
 
 def element_id(verb: str, field: str) -> str:
@@ -71,6 +77,10 @@ def control(verb: str, name: str, param: Param, default: Any, lists: Lists) -> C
         from .lora_rows import lora_rows
 
         return lora_rows(verb, name, param, lists[LORA])
+    if param.kind == PROMPT:
+        from .prompt_rows import prompt_field
+
+        return prompt_field(verb, name, param)
     common: dict[str, Any] = {"label": param.label, "elem_id": element_id(verb, name), "interactive": True}
     made = _component(param, default, lists, common)
     if param.kind in _UNSAVED or name == "overwrite" or _is_known(verb, param.label):
