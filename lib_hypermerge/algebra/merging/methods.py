@@ -14,8 +14,8 @@ class Method:
     """What a person, a plan and a page need to know of a method.
 
     id: as written in requests.  title: for people.  source: paper and arXiv number, where there is one.
-    kind: FACTORED never forms n×k and gives factors; DENSE works on whole matrices and gives one, of full rank: a cut to
-    a LoRA's rank loses a good part of it, a quarter to half of its energy at the sum of all ranks for unlike LoRAs.
+    kind: FACTORED never forms n×k and gives factors; DENSE works on whole matrices and gives one, of full rank: cut to
+    the sum of all ranks, it loses a quarter to half of its energy where LoRAs are unlike.
     advice: when it is a good idea or a bad one.  uses: which of DENSITY, SEED and ENERGY it heeds.
     strength: what terms do that say the same: SUM, they add up; MEAN, they count once, at about the largest weight, and
     only unlike ones add up; PART, the result is a part of the first.
