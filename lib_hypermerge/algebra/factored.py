@@ -12,6 +12,7 @@ from .core import core_of
 from .lowrank import Factors
 from .lowrank import LowRank as LowRank  # by this name the rest of the house knows it
 from .rank import by_energy
+from .slabs import cross
 
 
 def weighted_sum(terms: Iterable[tuple[float, LowRank]]) -> LowRank:
@@ -26,9 +27,7 @@ def weighted_sum(terms: Iterable[tuple[float, LowRank]]) -> LowRank:
 
 def inner(a: LowRank, b: LowRank) -> float:
     """⟨A, B⟩ = tr(AᵀB), from r×r products."""
-    ups = a.up.double().mT @ b.up.double()
-    downs = a.down.double() @ b.down.double().mT
-    return a.scale * b.scale * float((ups * downs).sum())
+    return a.scale * b.scale * float((cross(a.up, b.up) * cross(a.down.mT, b.down.mT)).sum())
 
 
 def norm(a: LowRank) -> float:
