@@ -78,6 +78,7 @@ class Param:
     paths_only: bool = False  # of use only where names are paths: on the command line
     flag: str = ""  # the command line's name for it, where that is not the field's
     fewest: int = 1  # of a list of files: a page says nothing of fewer
+    chooses: bool = False  # a text that names models, as a list of them does
 
 
 def param(kind: str, label: str, help: str, default: Any = dataclasses.MISSING, **more) -> Any:

@@ -258,7 +258,8 @@ class Panel:
             values = self._values(raw)
             params, required = self.verb.spec.params(), self.verb.spec.schema()["required"]
             models = [f for f, p in params.items() if p.kind in (*MODELS, PROMPT)]
-            if not all(values[f] for f in models if f in required) or not any(values[f] for f in models):
+            choosing = [f for f, p in params.items() if p.kind in MODELS or p.chooses]
+            if not all(values[f] for f in models if f in required) or not any(values[f] for f in choosing):
                 return ""
             lists = [f for f in models if params[f].kind in NAME_LISTS and f in required]
             if any(len(values[f]) < params[f].fewest for f in lists):

@@ -50,7 +50,7 @@ class ResizeSpec(Spec):
     )  # fmt: skip
     pattern: str | None = param(
         TEXT, "All that match", "A folder of the list, or a pattern such as people/*.", None, optional=True,
-        placeholder="people/*",
+        placeholder="people/*", chooses=True,
     )  # fmt: skip
     out: str = param(
         OUTPUT, "Name of the result",
