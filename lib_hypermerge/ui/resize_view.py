@@ -24,6 +24,8 @@ def view(report: Report) -> str:
                f"<b>{percent(results[0]['relative_error'])}</b> of the change (norm)."  # fmt: skip
     else:
         head = f"<b>{len(report.outputs)} files</b> written in {report.seconds:.1f} s."
+    if len(d["files"]) == 1 and len(results) > 1:
+        head += f" {escape(d['files'][0]['name'])}: {_before(d['files'][0])}, {escape(describe(d['files'][0]))}."
     parts = [f"<p>{head}</p>", html.prompt(report), _table(d)]
     if len(results) == 1:
         file, result = d["files"][0], results[0]
@@ -35,16 +37,22 @@ def view(report: Report) -> str:
     return "".join(parts)
 
 
+def _before(file: dict) -> str:
+    return f"{mib(file['bytes'])}, rank {file['rank']}"
+
+
 def _table(d: dict) -> str:
     """A row for each result, and for each LoRA that could not be resized."""
     methods = [m for m in METHODS if any(m in r["errors"] for f in d["files"] for r in f["results"])]
-    head = ["LoRA", "before", "result", "rank", "size", "misses", *(METHODS[m] for m in methods if len(methods) > 1)]
+    several = len(d["files"]) + len(d["failed"]) > 1
+    head = [*(["LoRA", "before"] if several else []), "result", "rank", "size", "misses",
+            *(METHODS[m] for m in methods if len(methods) > 1)]  # fmt: skip
     rows = []
     for file in d["files"]:
         for result in file["results"]:
             told = dict(facts(result))
-            row = [file["name"], f"{mib(file['bytes'])}, rank {file['rank']}", result["file"], told["rank"],
-                   told["size"], told["misses"]]  # fmt: skip
+            before = [file["name"], _before(file)] if several else []
+            row = [*before, result["file"], told["rank"], told["size"], told["misses"]]
             rows.append(row + [told.get(METHODS[m], "–") for m in methods if len(methods) > 1])
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     for one in d["failed"]:
