@@ -255,7 +255,7 @@ class _Extraction:
         if spec.rank_rule == "size" and written.bytes < 0.98 * (spec.rank_target or 0) * 2**20:
             self.warnings.append("Every layer has all the rank it can use: the file stays below the target size.")
         if self.family in RIVALS and self.family not in self._kinds():
-            self.warnings.append("No layer is closer in that family than as a LoRA of its size: it is a plain LoRA file.")
+            self.warnings.append("No layer is closer in that family than as a LoRA of its size: the file is a LoRA.")
         whole = m.energy + rests.energy
         out_of_reach = rests.out_of_reach if self.family != SVDIFF else [rest.label for rest in rests.left]
         skipped = {"identical": self.identical, "excluded": len(self.plan.left_out), "nonfinite": len(self.nonfinite)}

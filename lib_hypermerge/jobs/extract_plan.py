@@ -14,11 +14,14 @@ from ..files.writer import check_target
 from ..layouts.dialects import diffusers
 from ..layouts.module import CONV, Model, Module
 from ..layouts.opening import open_checkpoint
-from .extract_spec import SVDIFF, ExtractSpec
+from .extract_spec import BEST, DORA, LOHA, LOKR, LORA, SVDIFF, ExtractSpec
 from .host import Host
 from .pairing import Pair, Pairing, pair
 
-_ENTRY_BYTES = 330  # header text of one module's three tensors, about
+_ENTRY_BYTES = 110  # header text of one tensor of a module, about
+_TENSORS = {LORA: 3, DORA: 4, LOHA: 5, LOKR: 4, BEST: 4, SVDIFF: 1.5}  # of a module; SVDiff's names are longer
+# what a worker holds for each weight of a layer: in float32 and bfloat16, for shifts several times in float64
+_HELD = {LORA: 6, DORA: 30, LOHA: 22, LOKR: 14, BEST: 30, SVDIFF: 36}
 _USUAL_CAP = 128
 _PROCESS_BYTES = 350 << 20  # Python with torch, about
 _MARKERS = {"v_pred": "v-prediction", "ztsnr": "zero terminal SNR"}
@@ -70,9 +73,12 @@ class ExtractPlan:
     def bytes_at(self, rank_of) -> int:
         """Size of the file if every layer changed and got rank_of(pair)."""
         if self.spec.family == SVDIFF:
-            return sum(min(p.tuned.matrix_shape) * self.itemsize + _ENTRY_BYTES // 2 for p in self.layers) + 4096
-        factors = sum(tensor_bytes(rank_of(p), *p.tuned.matrix_shape, self.itemsize) for p in self.layers)
-        return factors + _ENTRY_BYTES * len(self.layers) + 4096
+            numbers = sum(min(p.tuned.matrix_shape) * self.itemsize for p in self.layers)
+        else:
+            numbers = sum(tensor_bytes(rank_of(p), *p.tuned.matrix_shape, self.itemsize) for p in self.layers)
+        if self.spec.family in (DORA, BEST):
+            numbers += sum(p.tuned.weight.shape[1] * self.itemsize for p in self.layers if p.tuned.weight)
+        return numbers + int(_TENSORS[self.spec.family] * _ENTRY_BYTES) * len(self.layers) + 4096
 
     @property
     def expected_bytes(self) -> int | None:
@@ -114,9 +120,8 @@ class ExtractPlan:
 
     @property
     def bytes_per_worker(self) -> int:
-        """What one worker holds: the largest layer in float32 and in bfloat16; for shifts, several times in float64."""
-        largest = max(p.tuned.weight.numel for p in self.layers if p.tuned.weight)
-        return largest * (36 if self.spec.family == SVDIFF else 6)
+        """What one worker holds of the largest layer."""
+        return max(p.tuned.weight.numel for p in self.layers if p.tuned.weight) * _HELD[self.spec.family]
 
     @property
     def least_free_bytes(self) -> int:
