@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from convert_files import convert, layers, load, lora, same_bits, save, texts
+from convert_files import convert, load, lora, same_bits, save, texts
+from killing import die, killed
 from models import base_weights, save_checkpoint
 from resize_files import deltas, distance, refusal, resize, run, sample
 
@@ -13,6 +14,7 @@ from lib_hypermerge.hosts.standalone import FolderHost, PathHost
 from lib_hypermerge.jobs.host import Context
 from lib_hypermerge.jobs.resize import job
 from lib_hypermerge.jobs.resize.spec import ResizeSpec
+from lib_hypermerge.jobs.resize.work import ResizeWork
 from lib_hypermerge.jobs.runner import execute
 from lib_hypermerge.jobs.verbs import VERBS
 
@@ -218,4 +220,23 @@ def test_a_page_takes_patterns_over_its_own_list(folder):
     assert [output.path.rsplit("/", 1)[1] for output in report.outputs] == [
         "b-small.safetensors", "c-small.safetensors"]  # fmt: skip
     assert host.find_loras("people").keys() == {"people/b.safetensors", "people/c.safetensors"}
-    assert len(layers("sd15")) > 0
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_a_killed_batch_leaves_no_file(folder, monkeypatch, steps):
+    calls = []
+    real = ResizeWork.resize
+
+    def dying(self, unit):
+        calls.append(unit)
+        if len(calls) > 400 * steps // 2:
+            die()
+        return real(self, unit)
+
+    monkeypatch.setattr(ResizeWork, "resize", dying)
+    (folder / "out" / "a-2.safetensors").write_bytes(b"mine")
+    spec = ResizeSpec.from_json({"loras": [str(folder / "in")], "out": f"{folder}/out/{{name}}-2", "rank": [2],
+                                 "overwrite": True})  # fmt: skip
+    assert killed(lambda: execute(VERBS["resize"], spec, PathHost(1), Context()))
+    assert names(folder / "out") == ["a-2.safetensors"]
+    assert (folder / "out" / "a-2.safetensors").read_bytes() == b"mine"

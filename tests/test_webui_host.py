@@ -284,3 +284,14 @@ def test_a_cancelled_job_that_waited_gives_the_turn_back_unrun(webui) -> None:
     with webui.lock:
         assert job.status == "cancelled"
     assert not (webui.folder / "Lora" / "x.safetensors").exists()
+
+
+def test_patterns_go_by_names_and_by_folders(webui) -> None:
+    host, folder = WebUIHost(), webui.folder / "Lora"
+    (folder / "people").mkdir(parents=True)
+    for name in ("style.safetensors", "people/ann.safetensors", "people/bob.safetensors"):
+        (folder / name).write_bytes(b"")
+    assert [path.name for path in host.find_loras("people/*").values()] == ["ann.safetensors", "bob.safetensors"]
+    assert [path.name for path in host.find_loras("people").values()] == ["ann.safetensors", "bob.safetensors"]
+    assert [path.name for path in host.find_loras("*st*").values()] == ["style.safetensors"]
+    assert host.find_loras("style.safetensors") == host.find_loras("nobody") == {}
