@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from . import render_combine, render_convert, render_hyper, render_inspect, render_resize, render_transfer
+from . import (
+    render_combine,
+    render_convert,
+    render_extract,
+    render_hyper,
+    render_inspect,
+    render_resize,
+    render_transfer,
+)
 from .jobs.report import Report
 from .words import counts as counts
 from .words import mib as mib
@@ -23,36 +30,6 @@ def as_text(report: Report) -> str:
     lines += [f"note: {warning}" for warning in report.warnings]
     lines.append(f"{report.seconds:.1f} s on {d.get('device', 'cpu')}")
     return "\n".join(lines)
-
-
-def _could(d: dict[str, Any]) -> str:
-    """What more the file could hold, if it was asked to."""
-    left = " and ".join(f"{count} {kind}" for kind, count in d["not_asked_for"].items() if count)
-    return f", of it {left} that can be included" if left else ""
-
-
-def _extract(report: Report) -> list[str]:
-    d = report.details
-    lines = [
-        f"{d['architecture']}: {report.modules} modules, {report.skipped} skipped "
-        f"({', '.join(f'{n} {why}' for why, n in d['skipped_because'].items() if n) or 'none'}), "
-        f"{report.unreachable} changed tensors out of a LoRA's reach",
-        f"relative error {percent(report.relative_error or 0)} of the change; "
-        f"{percent(d['uncarried_share'])} of the change (squared) is not in the file{_could(d)}",
-    ]
-    for component, part in d["components"].items():
-        worst = max(part["blocks"].items(), key=lambda item: item[1]["relative_error"])
-        lines.append(
-            f"  {component}: error {percent(part['relative_error'])}, "
-            f"{percent(part['share_of_change'])} of the change, "
-            f"worst block {worst[0]} ({percent(worst[1]['relative_error'])})"
-        )
-    ranks = [int(rank) for rank in d["ranks"]]
-    span = "–".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else "none"
-    methods = ", ".join(f"{count} {method}" for method, count in sorted(d["methods"].items()))
-    lines.append(f"  rank {span}; {methods}")
-    curve = ", ".join(f"{p['rank']}: {percent(p['relative_error'])}" for p in d["curve"])
-    return [*lines, f"  error with no rank above  {curve}"] if curve else lines
 
 
 def _merge(report: Report) -> list[str]:
@@ -79,7 +56,7 @@ def _more(items: list[str], shown: int) -> str:
 
 # verb → the lines that only its report has; a verb's own file may supply them
 TEXTS: dict[str, Callable[[Report], list[str]]] = {
-    "extract": _extract, "merge": _merge, "inspect": render_inspect.text,
+    "extract": render_extract.text, "merge": _merge, "inspect": render_inspect.text,
     "convert": render_convert.text, "resize": render_resize.text, "hyper": render_hyper.text,
     "fit": render_hyper.fit_text, "restore": render_hyper.restore_text,
     "transfer": render_transfer.text, "combine": render_combine.text,

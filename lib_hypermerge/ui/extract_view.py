@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..jobs.report import Report
-from ..render import percent
+from ..render_extract import FAMILIES, compared, sampled
+from ..words import counts, percent
 from . import html
 from .plots import errors_picture
 
@@ -15,7 +18,15 @@ def view(report: Report) -> str:
         f"<b>{percent(report.relative_error or 0)}</b> of the change (norm), {report.modules} layers.</p>"
     )
     picture = html.picture(lambda: errors_picture(report.details))
-    return headline + html.prompt(report) + picture + html.table(_rows(report))
+    return headline + html.prompt(report) + _families(report.details) + picture + html.table(_rows(report))
+
+
+def _families(d: dict[str, Any]) -> str:
+    """How far each family would be off; "" for a plain LoRA."""
+    if not d["families"]:
+        return ""
+    kinds = counts({FAMILIES[family]: layers for family, layers in d["family_layers"].items()})
+    return f"<p>Written as {kinds} layers. Compared {sampled(d)}:</p>{html.table(compared(d))}"
 
 
 def _rows(report: Report) -> list[tuple[str, str]]:
