@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ...lazy import torch
 from ..products import gram
 
+_NOISE = 16  # units of precision that eigenvalues of a Gram matrix are off by, as shares of the largest
 COMPARED = 0.5  # the share of a weight's energy in the directions that are compared
 
 
@@ -38,15 +39,15 @@ class Directions:
 def directions(W: torch.Tensor, share: float) -> Directions:
     """Those of W: (n, k) that hold a share of its energy, or COMPARED if that is more.
 
-    By the Gram matrix of the short side, which blurs what is below the square root of W's precision (float32: 3e-4 of
-    the largest singular value): such directions are left out, and of W = 0 all.
+    By the Gram matrix of the short side, which blurs what is below about the square root of W's precision (float32:
+    1e-3 of the largest singular value): such directions are left out, and of W = 0 all.
     """
     A = W if W.shape[0] <= W.shape[1] else W.mT
-    w, E = torch.linalg.eigh(gram(A).double())
-    S = w.flip(0).clamp_min(0).sqrt()
-    clear = int((torch.finfo(W.dtype).eps ** 0.5 * S[0] < S).sum()) if len(S) else 0
+    w, E = torch.linalg.eigh(gram(A))  # in W's dtype: the Gram matrix is no more precise, and this half as dear
+    S = w.double().flip(0).clamp_min(0).sqrt()
+    clear = int(((_NOISE * torch.finfo(W.dtype).eps) ** 0.5 * S[0] < S).sum()) if len(S) else 0
     m = min(_count(S, max(share, COMPARED)), clear)
-    short = E.flip(1)[:, :m].to(W.dtype)
+    short = E.flip(1)[:, :m].contiguous()
     long = A.mT @ short
     long = long / torch.linalg.vector_norm(long, dim=0)
     return Directions(short, long, S) if A is W else Directions(long, short, S)

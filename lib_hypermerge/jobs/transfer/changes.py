@@ -92,8 +92,8 @@ def verbatim(
     own = family.rank(entry.shapes)
     if family.needs_weight and not same_weight:
         return None
-    limited = rank is not None and len(target.shape) > 1 and set(entry.shapes) - BIAS_PARTS
-    if limited and (family.family != "lora" or own is None or own > rank):
+    is_change = len(target.shape) > 1 and set(entry.shapes) - BIAS_PARTS
+    if is_change and rank is not None and (family.family != "lora" or own is None or own > rank):
         return None
     out = {part: lora.file.file.read(info) for part, info in entry.parts.items()}
     for part, tensor in out.items():
