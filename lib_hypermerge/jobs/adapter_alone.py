@@ -10,7 +10,7 @@ from ..adapters.adapter import Shape
 from ..adapters.full import DIFF
 from ..adapters.lora import DOWN, MID, UP
 from ..errors import FormatError, LayoutError
-from ..layouts.adapter_file import open_adapter
+from ..layouts.adapter_file import AdapterFile, open_adapter
 from ..layouts.module import Model
 from ..layouts.resolve import nearest, resolve
 from .adapter_inputs import LoraInput, family_of, find_idle
@@ -34,15 +34,29 @@ def open_alone(path: Path, model: Model | None = None) -> tuple[LoraInput, Model
                 f"Of its modules, such as {shown}, {share:.0%} have a layer in the nearest one.",
                 "Use LoRAs for Stable Diffusion 1, 2, XL, 3 and Flux.",
             )
-        lora = LoraInput(file, resolve(file, model))
-        for entry, _ in lora.resolution.targets:
-            lora.families[entry.key] = family_of(file, entry)
-        refuse_misfits(lora, model)
-        find_idle(lora)
-        return lora, model
+        return _over(file, model), model
     except BaseException:
         file.close()
         raise
+
+
+def open_over(path: Path, model: Model) -> LoraInput:
+    """The same over a model that the caller knows it to be for. Raises SpecError, FormatError or LayoutError."""
+    file = open_adapter(path)
+    try:
+        return _over(file, model)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _over(file: AdapterFile, model: Model) -> LoraInput:
+    lora = LoraInput(file, resolve(file, model))
+    for entry, _ in lora.resolution.targets:
+        lora.families[entry.key] = family_of(file, entry)
+    refuse_misfits(lora, model)
+    find_idle(lora)
+    return lora
 
 
 def refuse_misfits(lora: LoraInput, model: Model) -> None:

@@ -9,12 +9,12 @@ from ...errors import LayoutError
 from ...layouts.adapter_file import open_adapter
 from ...layouts.module import Model
 from ...layouts.resolve import lay_over
-from ..adapter_alone import open_alone
-from ..adapter_inputs import LoraInput, open_lora
+from ..adapter_alone import open_alone, open_over
+from ..adapter_inputs import LoraInput, family_of, open_lora
 
 
 def open_all(paths: Sequence[Path], checkpoint: Model | None) -> tuple[list[LoraInput], Model]:
-    """All files over one model; without a checkpoint over that member of their architecture which fits them best.
+    """All files over one model; without a checkpoint over the one that fits each as well as any other does.
 
     Raises SpecError, FormatError, or LayoutError if they are not for one architecture.
     """
@@ -25,19 +25,19 @@ def open_all(paths: Sequence[Path], checkpoint: Model | None) -> tuple[list[Lora
     def open_one(path: Path) -> LoraInput:
         lora, model = open_alone(path)
         models.append(model)
-        if model.architecture is not models[0].architecture:
-            lora.close()
-            raise _mixed(paths[0], models[0], path, model)
         return lora
 
     loras = _open(paths, open_one)
-    members = list({id(model): model for model in models}.values())
-    if len(members) == 1:
-        return loras, members[0]
+    candidates = list({id(model): model for model in models}.values())
+    if len(candidates) == 1:
+        return loras, models[0]
     for lora in loras:
         lora.close()
-    member = max(members, key=lambda model: _matched(paths, model))
-    return _open(paths, lambda path: open_alone(path, member)[0]), member
+    # a small LoRA may be for one of several models, or members of a family, and only the others tell for which
+    common = next((model for model in candidates if _fits_all(paths, models, model)), None)
+    if common is None:
+        raise _mixed(paths, models)
+    return _open(paths, lambda path: open_over(path, common)), common
 
 
 def _open(paths: Sequence[Path], open_one: Callable[[Path], LoraInput]) -> list[LoraInput]:
@@ -52,19 +52,23 @@ def _open(paths: Sequence[Path], open_one: Callable[[Path], LoraInput]) -> list[
     return loras
 
 
-def _matched(paths: Sequence[Path], model: Model) -> int:
-    """How many modules of all files have a layer in a model: members of an architecture share most names."""
-    total = 0
-    for path in paths:
-        with open_adapter(path) as file:
-            total += len(lay_over(file, model).targets)
-    return total
+def _fits_all(paths: Sequence[Path], models: Sequence[Model], model: Model) -> bool:
+    return all(own is model or _fit(path, model) >= _fit(path, own) for path, own in zip(paths, models, strict=True))
 
 
-def _mixed(first: Path, of_first: Model, other: Path, of_other: Model) -> LayoutError:
+def _fit(path: Path, model: Model) -> tuple[int, int]:
+    """How many modules of a file have a layer in a model, and how many of these one of their size."""
+    with open_adapter(path) as file:
+        targets = lay_over(file, model).targets
+        fitting = sum(family_of(file, entry).fits(entry.shapes, target.shape) for entry, target in targets)
+    return len(targets), fitting
+
+
+def _mixed(paths: Sequence[Path], models: Sequence[Model]) -> LayoutError:
+    other = next(index for index, model in enumerate(models) if model is not models[0])
+    first, second = paths[0].name, paths[other].name
     return LayoutError(
-        f"{first.name} and {other.name} are for different models.",
-        f"{first.name} is a LoRA for {of_first.architecture.title}, {other.name} one for "
-        f"{of_other.architecture.title}.",
+        f"{first} and {second} are for different models.",
+        f"{first} is a LoRA for {models[0].title}, {second} one for {models[other].title}.",
         "Combine LoRAs of one kind.",
     )

@@ -30,6 +30,7 @@ from .spec import USUAL_DENSITY
 AS_THEY_ARE, CUT, DECOMPOSED, WHOLE = "factors side by side", "cut by its factors", "decomposed", "whole matrix"
 NORM, NOTHING = "norm", "sum is zero"
 _NOTHING = 1e-13  # squared share of the terms below which their sum in float32 is rounding
+_CANCELLED = 1e-9  # squared share of their columns that a sum of factors may be without a closer look
 _POOR = 4.0  # in squared spacings of the number format: rounding that cancelling columns have made worse
 
 
@@ -152,7 +153,9 @@ class LayerWork:
         plain = None
         if not self.spec.cuts and merged.rank <= wanted:
             plain = rounded(merged, self.dtype)
-            if plain.error2 <= _POOR * torch.finfo(self.dtype).eps ** 2 * plain.energy and plain.energy > 0:
+            gross = float((merged.up.norm(dim=0) * merged.down.norm(dim=1)).sum()) ** 2
+            precise = plain.error2 <= _POOR * torch.finfo(self.dtype).eps ** 2 * plain.energy
+            if precise and plain.energy > _CANCELLED * gross:
                 return plain, AS_THEY_ARE
         core = core_of(merged)
         if core.rank == 0:
