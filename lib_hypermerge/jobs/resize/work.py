@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from ...adapters import families
 from ...adapters.adapter import BIAS
 from ...adapters.dora import MAGNITUDES, SCALE, Dora
 from ...adapters.lora import DOWN, MID, UP
-from ...algebra import dora, projecting
+from ...algebra import projecting
 from ...algebra.core import core_of
 from ...algebra.factored import LowRank
 from ...algebra.lowrank import Factors, Matrix, decompose, factorise
@@ -29,6 +30,7 @@ from ..convert_units import CARRY, REFIT, Out, Source, Unit
 from .pieces import Piece, arrange, told
 from .plan import stays
 from .ranks import Spectrum, asked, by_spectrum
+from .refit import refit
 from .spec import FIXED, RANDOM, RSVD, SPARSE, SVD, ResizeSpec
 
 # a module of the result (by its name) and its spectrum → the rank for each rung
@@ -105,7 +107,8 @@ class ResizeWork(ModuleWork):
         out = Made(unit, [Rung() for _ in self.asked.rungs])
         if unit.how == REFIT:
             for source, wanted in zip(unit.sources, unit.written, strict=True):
-                self._refit(unit, source, wanted, out)
+                with _naming(wanted.name):
+                    self._refit(unit, source, wanted, out)
             return out
         for piece in self._pieces(unit):
             self._piece(piece, unit.module.kind == CONV, out)
@@ -171,16 +174,12 @@ class ResizeWork(ModuleWork):
         return Spectrum(core.S, core.rank, cost, is_conv, own)
 
     def _piece(self, piece: Piece, is_conv: bool, out: Made) -> None:
-        try:
+        with _naming(piece.out.name):
             core = self._spectral(piece, is_conv)
             ranks = self.choose(piece.out.name, self._spectrum(core, piece.whole_or_up, piece.columns, is_conv,
                                                                piece.own_rank))  # fmt: skip
             for rung, wanted, rank in zip(out.rungs, self._wanted(is_conv), ranks, strict=True):
                 self._rung(piece, core, rank, wanted, rung)
-        except NumericalError as error:
-            if piece.out.name in error.what:
-                raise
-            raise NumericalError(f"{piece.out.name}: {error.what}", error.why, error.hint) from None
 
     def _wanted(self, is_conv: bool) -> list[int]:
         """The rank that every module shall have, where lower ones are filled up."""
@@ -222,7 +221,7 @@ class ResizeWork(ModuleWork):
             })  # fmt: skip
 
     def _factors_by(self, method: str, piece: Piece, core: Spectral, rank: int) -> Factors:
-        dtype, change = self._dtype(piece), piece.change
+        dtype, change = self._dtype_of(piece.whole_or_up), piece.change
         if method == SVD or (method == RSVD and not isinstance(change, LowRank)):
             return core.factors(rank, dtype)
         low = change if isinstance(change, LowRank) else _trivially(change)
@@ -230,9 +229,8 @@ class ResizeWork(ModuleWork):
             return projecting.randomised(low, rank, dtype, self._seed(piece))
         return projecting.random_projection(low, rank, dtype, self._seed(piece), sparse=method == SPARSE)
 
-    def _dtype(self, piece: Piece) -> torch.dtype:
-        stored = piece.whole_or_up.dtype
-        return self.dtype or (stored if stored.itemsize in (2, 4) else torch.float32)
+    def _dtype_of(self, stored: torch.Tensor) -> torch.dtype:
+        return self.dtype or (stored.dtype if stored.dtype.itemsize in (2, 4) else torch.float32)
 
     def _seed(self, piece: Piece) -> int:
         return (self.asked.seed + zlib.crc32(piece.out.name.encode())) % (1 << 62)
@@ -269,53 +267,30 @@ class ResizeWork(ModuleWork):
         ranks = self.choose(wanted.name, self._spectrum(core_of(low), low.up, low.down.shape[1], is_conv, low.rank))
         for rung, rank, full in zip(out.rungs, ranks, self._wanted(is_conv), strict=True):
             rung.energy += energy
-            made, error2 = self._fitted(source, adapter, W, goal, rank, tensors)
-            rung.error2 += error2
-            rung.add(rung.errors, {self.asked.method: error2})
+            fitted = refit(adapter, W, goal, rank, self._dtype_of(tensors[UP]))
+            rung.error2 += fitted.error2
+            rung.add(rung.errors, {self.asked.method: fitted.error2})
             rung.methods.append("magnitudes fitted anew")
+            made = self._factors(source, fitted.factors) | {SCALE: fitted.magnitudes}
+            made |= {k: v for k, v in tensors.items() if k == BIAS}
             rung.outputs.append((wanted, _filled(made, full, 0) if self.asked.fill else made))
 
-    def _fitted(
-        self, source: Source, adapter: Dora, W: torch.Tensor, goal: torch.Tensor, rank: int, tensors: Tensors
-    ) -> tuple[Tensors, float]:
-        """A DoRA of a lower rank, and the squared error of the change that it makes, as rounded."""
-        axis = adapter.axis(source.entry.shapes, tuple(W.shape))
-        low = adapter.adapter.low_rank(torch.float64)
-        assert axis is not None and low is not None
-        name = next(name for name in MAGNITUDES if name in tensors)
-        stored, factor = tensors[name].dtype, tensors[UP].dtype
-        dtype = self.dtype or (factor if factor.itemsize in (2, 4) else torch.float32)
-        made = [core_of(low).factors(rank, dtype)]  # the file's own directions
 
-        def truncate(change: torch.Tensor) -> torch.Tensor:
-            A = change.flatten(1).float()
-            matrix = Matrix(A, float(A.double().square().sum()))
-            made.append(factorise(matrix, decompose(matrix, rank), rank, dtype))
-            return _change(made[-1], W.shape)
-
-        fit = dora.fit(W, goal, truncate, axis)
-        tried = [(_change(made[0], W.shape), made[0]), (fit.change, made[1 + fit.turn])]
-        results = []
-        for change, factors in tried:  # magnitudes of their own for both; the better one is kept
-            m = dora.magnitudes(W + change, goal, axis).to(stored)
-            results.append((dora.missed(W + change, m.to(W.dtype), goal, axis), m, factors))
-        error2, m, factors = min(results, key=lambda one: one[0])
-        if not m.isfinite().all():
-            raise damaged(source)
-        if axis == dora.OUTPUT:
-            m = m.reshape(-1, *[1] * (max(2, len(source.shape)) - 1))
-        beside = {k: v for k, v in tensors.items() if k == BIAS}
-        return self._factors(source, factors) | {SCALE: m} | beside, error2
+@contextlib.contextmanager
+def _naming(module: str) -> Iterator[None]:
+    """A NumericalError within tells which module it is about."""
+    try:
+        yield
+    except NumericalError as error:
+        if module in error.what:
+            raise
+        raise NumericalError(f"{module}: {error.what}", error.why, error.hint) from None
 
 
 def _trivially(change: torch.Tensor) -> LowRank:
     """As a product with the unit matrix of the shorter side: random directions of what a whole matrix has."""
     n, k = change.shape
     return LowRank(change, torch.eye(k)) if n > k else LowRank(torch.eye(n), change)
-
-
-def _change(factors: Factors, shape: torch.Size) -> torch.Tensor:
-    return (factors.up.double() @ factors.down.double()).reshape(shape)
 
 
 def _filled(tensors: Tensors, rank: int, seed: int) -> Tensors:
