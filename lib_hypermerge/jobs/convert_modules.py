@@ -136,7 +136,7 @@ class ModuleWork:
         info = unit.module.weight
         assert info is not None
         if not self.plan.has_weights or not source.family.needs_weight:
-            return torch.zeros(source.shape, dtype=dtype)
+            return torch.zeros((), dtype=dtype).expand(source.shape)  # takes no memory: a layer's can be large
         weight = self.plan.model.file.read(info.rows(source.start, source.stop)).to(dtype)
         if weight.dim() > 1:  # of a widened first layer what the file knows
             weight = weight[:, : source.shape[1]].contiguous()
