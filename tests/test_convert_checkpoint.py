@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from lib_hypermerge.errors import SpecError
 from lib_hypermerge.hosts.standalone import PathHost
 from lib_hypermerge.jobs.convert import ConvertSpec, make_plan
+from lib_hypermerge.jobs.convert_checkpoint import is_finite
 from lib_hypermerge.layouts.opening import open_checkpoint
 
 UNET = "model.diffusion_model."
@@ -264,3 +265,15 @@ def test_the_checkpoint_that_is_loaded_at_the_moment_is_not_replaced(tmp_path, c
     spec = ConvertSpec(checkpoint=str(checkpoint), out=str(tmp_path / "loaded"), overwrite=True)
     with pytest.raises(SpecError, match="loaded at the moment"):
         make_plan(spec, Host())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2])
+def test_a_number_that_is_none_is_found_wherever_it_stands(dtype):
+    sound = torch.linspace(-3, 4, 3500).to(dtype).reshape(50, 70)
+    assert all(is_finite(part) for part in (sound, sound.mT, sound[:0], sound[3, 4]))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, 1777, 3499):
+            broken = sound.float().flatten()
+            broken[place] = bad
+            broken = broken.to(dtype).reshape(50, 70)
+            assert not is_finite(broken) and not is_finite(broken.mT)
