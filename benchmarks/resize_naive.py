@@ -67,7 +67,7 @@ def _least(up: torch.Tensor, down: torch.Tensor, rank: int) -> float:
     while not timings or (len(timings) < 2 and timings[0] < _SMALL):
         start = time.perf_counter()
         U, S, Vh = torch.linalg.svd(up @ down)
-        (U[:, :rank] * S[:rank]).half(), Vh[:rank].half()
+        _ = (U[:, :rank] * S[:rank]).half(), Vh[:rank].half()
         timings.append(time.perf_counter() - start)
     return min(timings)
 
