@@ -8,6 +8,7 @@ from .plots import BARS, INK, LINE, as_image, in_ink, short
 
 _COLORS = {"copied": BARS[2], "projected": BARS[0], "mapped": BARS[1]}
 _LEFT_OUT = "left out"
+_MOST = 4  # LoRAs whose bars have room beside each other
 
 
 def similarity_picture(details: dict[str, Any]) -> str:
@@ -21,9 +22,11 @@ def similarity_picture(details: dict[str, Any]) -> str:
     _dots(above, details, columns)
     _retained(below, details["loras"], columns)
     below.set_xticks(range(len(columns)), [block for _, block in columns], rotation=90, fontsize=6)
-    for place in range(1, len(columns)):
-        if columns[place][0] != columns[place - 1][0]:
-            for axes in (above, below):
+    below.set_xlim(-1, len(columns))
+    for place, (component, _) in enumerate(columns):
+        if place == 0 or component != columns[place - 1][0]:
+            above.annotate(component, (place - 0.4, 0.03), fontsize=8, color=INK)
+            for axes in (above, below) if place else ():
                 axes.axvline(place - 0.5, color=INK, linewidth=1.5)
     in_ink((above, below))
     return as_image(figure, "Similarity of every layer, and energy retained, by block")
@@ -51,12 +54,11 @@ def _dots(axes: Any, details: dict[str, Any], columns: list[tuple[str, str]]) ->
 
 
 def _retained(axes: Any, loras: list[dict[str, Any]], columns: list[tuple[str, str]]) -> None:
+    loras = loras[:_MOST]
     width = 0.8 / len(loras)
     for i, lora in enumerate(loras):
-        values = []
-        for component, block in columns:
-            part = lora["components"].get(component, {"blocks": {}})["blocks"].get(block)
-            values.append(100 * (part["retained"] or 0.0) if part else 0.0)
+        blocks = [lora["components"].get(component, {}).get("blocks", {}).get(block) for component, block in columns]
+        values = [100 * (block["retained"] or 0.0) if block else 0.0 for block in blocks]
         places = [x + (i + 0.5) * width - 0.4 for x in range(len(columns))]
         axes.bar(places, values, width=0.9 * width, color=BARS[i % len(BARS)], label=short(lora["name"]))
     axes.set_ylabel("retained, % (squared)")

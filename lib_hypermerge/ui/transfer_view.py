@@ -19,7 +19,7 @@ def view(report: Report) -> str:
         head = f'<p class="hypermerge-preview"><b>Preview: nothing was written.</b> A run writes {names}.</p>'
     else:
         head = f"<p>{html.files(report)} written in {report.seconds:.1f} s.</p>"
-    parts = [head, f'<p class="hypermerge-honest">{escape(honest(report))}</p>', html.prompt(report)]
+    parts = [head, f"<p>{escape(honest(report))}</p>", html.prompt(report)]
     parts += [html.picture(lambda: similarity_picture(d)), _loras(report)]
     rows = [(name[:1].upper() + name[1:], value) for name, value in describe(report)[: -len(d["loras"])]]
     rows += [(f"SHA-256 of {output.path.rpartition('/')[2]}", output.sha256) for output in report.outputs]
