@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import convert_files as files
+import pipelines
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from models import UNET, Weights, base_weights, save_checkpoint
+from pipelines import ATTEND, PLAIN, WIDTHS
 from safetensors.torch import load_file
 from transfer_models import (
     each_matrix,
@@ -142,6 +146,59 @@ def test_blocks_that_a_compact_numbering_moved_to_another_resolutions_numbers(tm
         start = next((new for new in back if key.startswith(new)), None)
         assert torch.equal(tensor, style[key if start is None else back[start] + key.removeprefix(start)]), key
     assert report["similarity"] > 0.9 and report["modules"] == len(files.deltas(made)) > 60
+
+
+STUDENTS = {
+    "base": {}, "small": {"mid_block_type": None}, "tiny": {"mid_block_type": None, "down_block_types": [ATTEND] * 3},
+}  # fmt: skip
+
+
+def student(kind: str, teacher: dict[str, torch.Tensor]) -> UNet2DConditionModel:
+    """BK-SDM's networks in diffusers' own form, with the teacher's weights: one block at each resolution on the way
+    in, the first and the last of three on the way out, "small" without the middle, "tiny" without the innermost too."""
+    downs = STUDENTS[kind].get("down_block_types", [ATTEND] * 3 + [PLAIN])
+    more = {"mid_block_type": "UNetMidBlock2DCrossAttn", **STUDENTS[kind], "down_block_types": downs}
+    network = UNet2DConditionModel(
+        block_out_channels=WIDTHS[: len(downs)], up_block_types=[b.replace("Down", "Up") for b in reversed(downs)],
+        layers_per_block=1, cross_attention_dim=24, attention_head_dim=8, **more,
+    )  # fmt: skip
+    network.load_state_dict({key: teacher[taught(key, 4 - len(downs))] for key in network.state_dict()})
+    return network
+
+
+def taught(key: str, fewer: int = 0) -> str:
+    """The teacher's name of a student's layer."""
+    match = re.fullmatch(r"up_blocks\.(\d)\.(resnets|attentions)\.(\d)\.(.+)", key)
+    if match:
+        return f"up_blocks.{int(match[1]) + fewer}.{match[2]}.{2 * int(match[3])}.{match[4]}"
+    return re.sub(r"^up_blocks\.(\d)", lambda m: f"up_blocks.{int(m[1]) + fewer}", key)
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_students_in_diffusers_own_folders(tmp_path, kind):
+    torch.manual_seed(0)
+    teacher = pipelines.unet("sd1")
+    pipelines.save(tmp_path / "teacher", {"unet": teacher})
+    network = student(kind, teacher.state_dict())
+    pipelines.save(tmp_path / "student", {"unet": network})
+    lora = {}
+    for key, weight in teacher.state_dict().items():
+        if key.endswith(("to_q.weight", "to_v.weight", "conv1.weight")):
+            down = torch.randn(2, *weight.shape[1:])
+            name = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}"
+            up = torch.randn(len(weight), 2, *[1] * (weight.dim() - 2))
+            lora |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    files.save(tmp_path / "style.safetensors", lora)
+    report = transfer(tmp_path / "style.safetensors", tmp_path / "teacher", tmp_path / "student", tmp_path / "new")
+    made = load_file(tmp_path / "new.safetensors")
+    names = [k.removesuffix(".weight") for k in network.state_dict()
+             if k.endswith(("to_q.weight", "to_v.weight", "conv1.weight"))]  # fmt: skip
+    fewer = 4 - len(network.config["down_block_types"])
+    assert len(made) == 2 * len(names) == 2 * report["modules"] == 2 * report["layers_equal"]
+    for name in names:
+        mine, theirs = (f"lora_unet_{n.replace('.', '_')}" for n in (name, taught(f"{name}.", fewer)[:-1]))
+        for part in ("lora_up.weight", "lora_down.weight"):
+            assert torch.equal(made[f"{mine}.{part}"], lora[f"{theirs}.{part}"]), name
 
 
 def test_a_target_with_more_blocks_gets_what_there_is(sdxl, tmp_path):

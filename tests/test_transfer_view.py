@@ -20,7 +20,8 @@ def report(loras: int = 1, **more: Any) -> Report:
     """Of a transfer to a pruned model; more replaces details."""
     layers = [
         {"layer": f"{component}.{block}.{i}", "component": component, "block": block,
-         "source": f"{component}.{block}.{i}", "paired_by": "place", "similarity": value, "equal": False, "action": action}
+         "source": f"{component}.{block}.{i}", "paired_by": "place", "similarity": value, "equal": False,
+         "action": action}
         for component, block in (("unet", "IN01"), ("unet", "MID"), ("te", "L00"))
         for i, (value, action) in enumerate([(0.98, "projected"), (0.4, "below the least similarity"), (None, "mapped"),
                                              (1.0, "copied")])
