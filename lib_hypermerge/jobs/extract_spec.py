@@ -8,15 +8,9 @@ from typing import Any, ClassVar
 
 from ..errors import SpecError
 from ..layouts.module import LAYER_GROUPS
+from .rank_rule import RULES, TARGET_HELP, check_rule
 from .spec import CHECKPOINT, CHOICE, CHOICES, FLAG, INTEGER, NUMBER, OUTPUT, Spec, param
 
-RULES = (
-    ("fixed", "the same rank everywhere"),
-    ("ratio", "singular values of at least target × the largest"),
-    ("energy", "the share target of the change's energy (squared norm) in every layer"),
-    ("cumulative", "the share target of the sum of singular values in every layer"),
-    ("size", "a file of target MiB, ranks allotted over all layers at once"),
-)
 LORA, DORA, LOHA, LOKR, SVDIFF, BEST = "lora", "dora", "loha", "lokr", "svdiff", "best"
 FAMILIES = (
     (LORA, "LoRA: two factors, read by everything"),
@@ -54,11 +48,7 @@ class ExtractSpec(Spec):
         bounds=(0, 4096), optional=True, placeholder="as above",
     )  # fmt: skip
     rank_rule: str = param(CHOICE, "Rank rule", "How the rank of each layer is chosen.", "fixed", choices=RULES)
-    rank_target: float | None = param(
-        NUMBER, "Target of the rank rule",
-        "ratio: 0…1 (or above 1: largest / smallest kept). energy, cumulative: 0…1. size: MiB. Unused by fixed.",
-        None, optional=True,
-    )  # fmt: skip
+    rank_target: float | None = param(NUMBER, "Target of the rank rule", TARGET_HELP, None, optional=True)
     family: str = param(
         CHOICE, "Family",
         "DoRA, LoHa and LoKr go into the layers where they are closer than a LoRA of the same size; A1111, Forge and "
@@ -140,15 +130,7 @@ class ExtractSpec(Spec):
                 "Other families are given the size of a LoRA of one rank.",
                 "Leave the rule at 'fixed' and choose the rank, or extract a LoRA.",
             )
-        rule, target = self.rank_rule, self.rank_target
-        if rule != "fixed":
-            if target is None:
-                raise SpecError(f"The rank rule {rule!r} needs a target.", hint=self.params()["rank_target"].help)
-            if target <= 0 or (rule in ("energy", "cumulative") and target > 1):
-                upper = " and at most 1" if rule in ("energy", "cumulative") else ""
-                raise SpecError(f"The target of {rule!r} must be above 0{upper}.", f"Got {target:g}.")
-        elif target is not None:
-            raise SpecError("A target was given, but the rank rule is 'fixed'.", hint="Choose a rule that uses it.")
+        check_rule(self.rank_rule, self.rank_target)
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise SpecError(f"The largest rank {self.max_rank} is below the least rank {self.min_rank}.")
         if self.tuned_weight == 0:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from ...errors import SpecError
 from ..checkpoint_formats import KEEP
 from ..convert_spec import DIFFUSERS, KOHYA, PEFT
-from ..extract_spec import RULES
+from ..rank_rule import FIXED, RULES, TARGET_HELP, check_rule
+from ..rank_rule import SIZE as SIZE
 from ..spec import (
     CHECKPOINT,
     CHOICE,
@@ -31,7 +32,6 @@ METHODS = (
     (RANDOM, "projection on random directions: far off, for comparison"),
     (SPARSE, "the same with sparse ones (Li, Hastie and Church 2006)"),
 )
-FIXED, SIZE = "fixed", "size"
 NAME, RANK = "{name}", "{rank}"
 MOST_RANKS = 16
 REFIT, PLAIN = "keep", "lora"
@@ -66,11 +66,7 @@ class ResizeSpec(Spec):
         bounds=(1, 4096), optional=True, placeholder="as above",
     )  # fmt: skip
     rank_rule: str = param(CHOICE, "Rank rule", "How the rank of each layer is chosen.", FIXED, choices=RULES)
-    rank_target: float | None = param(
-        NUMBER, "Target of the rank rule",
-        "ratio: 0…1 (or above 1: largest / smallest kept). energy, cumulative: 0…1. size: MiB. Unused by fixed.",
-        None, optional=True,
-    )  # fmt: skip
+    rank_target: float | None = param(NUMBER, "Target of the rank rule", TARGET_HELP, None, optional=True)
     fill: bool = param(
         FLAG, "Fill up lower ranks",
         "Every module gets exactly the rank, by directions that change nothing: for further training, and for "
@@ -141,20 +137,11 @@ class ResizeSpec(Spec):
             raise SpecError("A preview writes nothing that could be overwritten.", hint="Leave one of the two out.")
 
     def _check_rule(self) -> None:
-        rule, target = self.rank_rule, self.rank_target
-        if rule == FIXED:
-            if target is not None:
-                raise SpecError("A target was given, but the rank rule is 'fixed'.", hint="Choose a rule that uses it.")
-            if len(set(self.rank)) < len(self.rank):
-                raise SpecError("A rank was given twice.", f"Got {', '.join(map(str, self.rank))}.")
-            if len(self.rank) > MOST_RANKS:
-                raise SpecError(f"More than {MOST_RANKS} ranks were given.", f"Got {len(self.rank)}.")
-            return
-        if target is None:
-            raise SpecError(f"The rank rule {rule!r} needs a target.", hint=self.params()["rank_target"].help)
-        if target <= 0 or (rule in ("energy", "cumulative") and target > 1):
-            upper = " and at most 1" if rule in ("energy", "cumulative") else ""
-            raise SpecError(f"The target of {rule!r} must be above 0{upper}.", f"Got {target:g}.")
+        check_rule(self.rank_rule, self.rank_target)
+        if len(set(self.rank)) < len(self.rank):
+            raise SpecError("A rank was given twice.", f"Got {', '.join(map(str, self.rank))}.")
+        if len(self.rank) > MOST_RANKS:
+            raise SpecError(f"More than {MOST_RANKS} ranks were given.", f"Got {len(self.rank)}.")
 
     @property
     def rungs(self) -> tuple[int, ...]:
