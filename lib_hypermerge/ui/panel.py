@@ -257,7 +257,7 @@ class Panel:
         try:
             values = self._values(raw)
             params, required = self.verb.spec.params(), self.verb.spec.schema()["required"]
-            models = [f for f, p in params.items() if p.kind in (*MODELS, PROMPT)]
+            models = [f for f, p in params.items() if p.kind in MODELS]
             choosing = [f for f, p in params.items() if p.kind in MODELS or p.chooses]
             if not all(values[f] for f in models if f in required) or not any(values[f] for f in choosing):
                 return ""

@@ -26,7 +26,7 @@ def prompt_field(verb: str, name: str, param: Param) -> Control:
     with gr.Row(elem_classes=["hypermerge-prompt-row"]):
         box = gr.Textbox(
             value="", label=param.label, info=param.help, placeholder=param.placeholder, lines=2, max_lines=6, scale=6,
-            elem_id=element_id(verb, name), interactive=True,
+            elem_id=element_id(verb, f"{name}_box"), interactive=True,  # a result has the id without
         )  # fmt: skip
         button = gr.Button("Read the prompt", scale=1, min_width=120, elem_id=element_id(verb, f"{name}_read"))
     note = gr.HTML("", elem_id=element_id(verb, f"{name}_note"))
@@ -70,5 +70,5 @@ def rows_of(text: str, host: Host) -> tuple[list[Any], list[str]]:
         item = mention.weighted(name)
         te = "" if item.te_weight is None else f"{item.te_weight:g}"
         values += [update(choices=listed, value=name), item.weight, te, item.blocks]
-    values += [update(value=None), 1.0, "", ""] * (ROWS - len(files))
+    values += [None, 1.0, "", ""] * (ROWS - len(files))
     return values, [f"{len(files)} LoRA{'s' if len(files) > 1 else ''} read into the rows.", *read.notes]

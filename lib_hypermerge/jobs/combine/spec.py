@@ -41,7 +41,7 @@ class CombineSpec(Spec):
 
     prompt: str | None = param(
         PROMPT, "Prompt", "LoRAs and weights as a prompt has them; other text is passed over.", None, optional=True,
-        placeholder="<lora:one:0.7><lora:two:-0.3:0.1>",
+        placeholder="<lora:one:0.7><lora:two:-0.3:0.1>", chooses=True,
     )  # fmt: skip
     loras: tuple[WeightedLora, ...] = param(
         LORAS, "LoRAs",
