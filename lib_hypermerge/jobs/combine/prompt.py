@@ -86,9 +86,10 @@ def _mention(tag: str, text: str, notes: list[str]) -> Mention:
     notes += [f"{tag}: {name}= means nothing here; passed over." for name in named if name not in _NAMED]
     if len(given) > 4:
         notes.append(f"{tag}: what stands behind the fourth place means nothing; passed over.")
-    te = _weight(tag, named.get("te", given[1] if len(given) > 1 else "1"))
-    unet = _weight(tag, named.get("unet", given[2])) if "unet" in named or len(given) > 2 else te
-    dyn = named.get("dyn", given[3] if len(given) > 3 else None)
+    places = dict(zip(("te", "unet", "dyn"), given[1:], strict=False)) | named  # a name goes before the place
+    te = _weight(tag, places.get("te", "1"))
+    unet = _weight(tag, places["unet"]) if "unet" in places else te
+    dyn = places.get("dyn")
     return Mention(given[0], unet, te, None if dyn is None else _count(tag, dyn), named.get("lbw", ""))
 
 
