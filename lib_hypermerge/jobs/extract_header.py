@@ -36,7 +36,8 @@ def reserve(
     for pair in plan.layers:
         if chosen is not None and pair.key not in chosen and not pair.tuned.fused:
             continue
-        rank = chosen.get(pair.key, 1) if chosen is not None else plan.largest_rank(pair)
+        most = plan.fixed_rank(pair) if plan.spec.rank_rule == "fixed" else plan.largest_rank(pair)
+        rank = chosen.get(pair.key, 1) if chosen is not None else most
         possible = [_entries(plan, tensors) for tensors in _forms(plan, family, pair, rank)]
         entries |= max(possible, key=lambda form: len(header_bytes(form, {})))
     entries |= {name: _entry(plan, shape) for name, shape in extract_rests.tensor_names(rests)}
