@@ -13,7 +13,7 @@ from ...algebra.factored import LowRank
 from ...algebra.folding import same_bits
 from ...errors import NumericalError
 from ...files.source import TensorFile
-from .layers import Layer, Part, takes_dyn
+from .layers import Layer, Part
 
 Change = LowRank | torch.Tensor
 
@@ -92,7 +92,7 @@ class Changes:
         adapter = _loaded(part)
         low = None if part.family.needs_weight else adapter.low_rank(torch.float64)
         if low is not None:
-            if part.dyn is not None and takes_dyn(part):
+            if part.is_cut:
                 low = replace(low, up=low.up[:, : part.dyn], down=low.down[: part.dyn])
             return replace(low, up=_readable(low.up), down=_readable(low.down))
         own = torch.zeros(part.shape, dtype=self.dtype) if weight is None else weight[layer.rows(part)]

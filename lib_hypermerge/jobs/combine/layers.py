@@ -57,7 +57,14 @@ class Part:
             return None
         tensors = {part: torch.empty(shape, device="meta") for part, shape in self.entry.shapes.items()}
         low = self.family(tensors, 1.0).low_rank()
-        return None if low is None else min(low.rank, self.dyn or low.rank)
+        if low is None:
+            return None
+        return min(low.rank, self.dyn or low.rank) if self.is_cut else low.rank
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether A1111 cuts it by dyn, which it does to a plain LoRA's factors without a third between."""
+        return self.dyn is not None and self.family.family == "lora" and MID not in self.entry.parts
 
     def load(self) -> Adapter:
         """Read it; of a layer that the checkpoint has widened it changes the channels that it knows."""
@@ -184,11 +191,6 @@ def _check_dyn(part: Part) -> None:
             f"{part.lora.path.name} is a DoRA, of which dyn={part.dyn} cannot be taken here.",
             f"One of its modules is {part.entry.key}.", "Resize it first, and leave dyn out.",
         )  # fmt: skip
-
-
-def takes_dyn(part: Part) -> bool:
-    """Whether A1111 cuts such a module by dyn: a plain LoRA's factors, without a third between."""
-    return part.family.family == "lora" and MID not in part.entry.parts
 
 
 def _whole_shape(layer: Layer) -> Shape:

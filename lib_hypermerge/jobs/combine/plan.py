@@ -25,7 +25,7 @@ from ..convert_write import embedding_name
 from ..host import Host
 from ..outputs import left_behind, refuse_inputs
 from . import inputs, layers, names
-from .layers import Layer, takes_dyn
+from .layers import Layer
 from .names import Wanted
 from .spec import CombineSpec
 
@@ -227,7 +227,7 @@ def _gather_warnings(plan: CombinePlan) -> None:
         plan.warnings += own + left_behind(lora.file.file)
         if want.dyn is not None:
             others = sum(
-                not takes_dyn(part) for layer in plan.layers for part in layer.parts
+                not part.is_cut for layer in plan.layers for part in layer.parts
                 if part.lora is lora and part.changes_weight and not layer.is_norm
             )  # fmt: skip
             if others:
