@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transfer_models import arguments, noisy, refusal, transfer
 
 from lib_hypermerge import api
-from lib_hypermerge.errors import Cancelled, InputChangedError, OutputError, SpecError
+from lib_hypermerge.errors import Cancelled, InputChangedError, LayoutError, OutputError, SpecError
 from lib_hypermerge.hosts.standalone import FolderHost, PathHost
 from lib_hypermerge.jobs.host import Context
 from lib_hypermerge.jobs.runner import Runner
@@ -77,6 +77,18 @@ def test_unrelated_models_unless_forced(refused, models, tmp_path):
                       tmp_path / "new", "--force")  # fmt: skip
     assert abs(report["similarity"]) < 0.05 and report["forced"] is True and report["skipped"] == 0
     assert any(warning.startswith("Forced: the similarity of the two bases is") for warning in report["warnings"])
+
+
+def test_strangers_are_known_by_a_sample_long_before_all_layers_are_read(models, tmp_path):
+    files.save(tmp_path / "all.safetensors", files.lora("sd15"))
+    spec = TransferSpec.from_json({
+        "loras": [str(tmp_path / "all.safetensors")], "source_base": str(models / "source.safetensors"),
+        "target_base": str(models / "stranger.safetensors"), "out": str(tmp_path / "new"),
+    })  # fmt: skip
+    seen: list[float] = []
+    with job.make_plan(spec, PathHost()) as plan, pytest.raises(LayoutError, match="24 of their layers"):
+        job.run(plan, PathHost(), Context(lambda fraction, _: seen.append(fraction)))
+    assert max(seen) < 0.1
 
 
 def test_a_preview_refuses_the_same(refused):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from ...errors import LayoutError, UnchangedError
+from ...errors import UnchangedError
 from ...files.unnamed import Written
 from ...words import two_digits
 from ..devices import whole_float32
@@ -19,14 +19,14 @@ from .layers import COPIED, MAPPED, Carried, LayerWork
 from .matching import Matcher
 from .measure import NO_LAYER, WRITTEN, Measures, ratio
 from .pairing import GUESS
-from .plan import Layout, TransferPlan, make_plan
+from .plan import Layout, TransferPlan
+from .planning import make_plan
+from .relation import UNRELATED, refuse_strangers, sample_first
 from .spec import CROSS, LORA_X, TransferSpec
 from .writing import Files
 
 __all__ = ["TransferSpec", "make_plan", "run"]
 
-UNRELATED = 0.25  # a mean similarity below it is no relation
-_FEWEST_KNOWN = 0.05  # of the layers: with fewer similarities nobody knows whether the models are related
 _LOSSY = 0.5  # of the energy: keeping less is worth a note
 
 
@@ -45,17 +45,16 @@ class _Transfer:
         self.warnings = list(plan.warnings)
         choice, layers = plan.choice_numel, sum(task.numel for task in plan.layout.tasks)
         self._all, self._done = max(1, choice + layers), 0
-        self._per_choice = choice / max(1, len(plan.choices))
 
     def run(self) -> Report:
         self.context.progress(0.0, "reading")
-        matcher = Matcher(self.plan, self._map, lambda where: self.context.progress(self.context.fraction, where))
+        matcher = Matcher(self.plan, self._map, self._did)
         layout = self.plan.lay_out(matcher.choose)
-        self._done = self.plan.choice_numel
         with contextlib.ExitStack() as stack:
             files = None if self.spec.preview else stack.enter_context(Files(self.plan, layout))
-            for carried in self._map(self.work.carry, layout.tasks):
+            for carried in self._map(self.work.carry, sample_first(layout.tasks)):
                 self._take(carried, files)
+                refuse_strangers(self.plan, self.measures.known, complete=False)
             self._lose(layout)
             self.plan.check_unchanged()
             self._refuse()
@@ -75,8 +74,11 @@ class _Transfer:
                 is_lora = moved.action != COPIED or "lora_down.weight" in moved.tensors
                 family = "lora" if is_lora else self.plan.loras[i].families[entry.key].family
                 files.add(i, target, moved.tensors, family)
-        self._done += carried.task.numel
-        self.context.progress(0.97 * min(1.0, self._done / self._all), f"{target.component} {target.path}")
+        self._did(carried.task.numel, f"{target.component} {target.path}")
+
+    def _did(self, numbers: int, text: str) -> None:
+        self._done += numbers
+        self.context.progress(0.97 * min(1.0, self._done / self._all), text)
 
     def _lose(self, layout: Layout) -> None:
         """What has no layer in the target is measured too, so that the report can tell how much that is."""
@@ -89,22 +91,8 @@ class _Transfer:
 
     def _refuse(self) -> None:
         """Models that are not alike, and results without a layer."""
-        measures, names = self.measures, (self.plan.source.file.path.name, self.plan.target.file.path.name)
-        similarity, known = measures.similarity, len(measures.known)
-        hint = "Choose bases of which one came from the other; or force it, and expect little."
-        if not self.spec.force and known < _FEWEST_KNOWN * measures.compared:
-            raise LayoutError(
-                f"Nothing tells whether {names[0]} and {names[1]} are related.",
-                f"Of {measures.compared} layers, {known} have a side of one size in both, by which they can be "
-                "compared.", hint,
-            )  # fmt: skip
-        if not self.spec.force and similarity is not None and similarity < UNRELATED:
-            raise LayoutError(
-                f"{names[0]} and {names[1]} are not related.",
-                f"The leading directions of their layers have a similarity of {two_digits(similarity)} on average, 0 "
-                f"being chance and 1 the same; below {UNRELATED:g} a LoRA of the one means nothing to the other.", hint,
-            )  # fmt: skip
-        for path, lora in zip(self.plan.outputs, measures.loras, strict=True):
+        refuse_strangers(self.plan, self.measures.known, complete=True)
+        for path, lora in zip(self.plan.outputs, self.measures.loras, strict=True):
             if not lora.modules:
                 why = ", ".join(f"{count} {why}" for why, count in lora.actions.items())
                 raise UnchangedError(

@@ -9,7 +9,7 @@ from ...algebra.transfer.order import in_order, spread
 from ...algebra.transfer.subspace import COMPARED, Directions, directions, similarity
 from ...layouts.module import Model, Module
 from .layers import read_weight
-from .pairing import GUESS, SIMILARITY, Choice, Chosen, comparable
+from .pairing import GUESS, SIMILARITY, Choice, Chosen, comparable, numel
 from .plan import TransferPlan
 
 # (function, items) → results in order, computed in parallel
@@ -19,7 +19,7 @@ Map = Callable[[Callable[..., Any], list[Any]], Iterator[Any]]
 class Matcher:
     """Its choose() is what pairing.lay() asks. told: what was chosen, for the report."""
 
-    def __init__(self, plan: TransferPlan, in_parallel: Map, on_layer: Callable[[str], None]):
+    def __init__(self, plan: TransferPlan, in_parallel: Map, on_layer: Callable[[int, str], None]):
         self.plan, self._map, self._on_layer = plan, in_parallel, on_layer
         self.told: list[dict[str, Any]] = []
 
@@ -28,8 +28,8 @@ class Matcher:
         names = comparable(choice)
         table = [[0.0] * len(choice.source) for _ in choice.target]
         counts = [[0] * len(choice.source) for _ in choice.target]
-        for own in self._map(lambda name: self._compare(choice, name), names):
-            self._on_layer(choice.where)
+        for name, own in zip(names, self._map(lambda name: self._compare(choice, name), names), strict=True):
+            self._on_layer(numel(choice, name), choice.where)
             for t, row in enumerate(own):
                 for s, value in enumerate(row):
                     if value is not None:

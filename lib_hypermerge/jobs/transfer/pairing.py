@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,11 @@ def lay(
         for (number, block), place in zip(choice.target, chosen.places, strict=False):
             if place is not None:
                 yield from lay(choice.source[place][1], block, choose, f"{where}.{name}.{number}", chosen.how)
+
+
+def numel(choice: Choice, name: str) -> int:
+    """Numbers in a layer of all blocks."""
+    return sum(math.prod(block.leaves[name].matrix_shape) for _, block in (*choice.source, *choice.target))
 
 
 def comparable(choice: Choice) -> list[str]:

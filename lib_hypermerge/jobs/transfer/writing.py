@@ -22,9 +22,9 @@ from .changes import Tensors
 from .plan import Layout, TransferPlan
 from .spec import KEEP
 
-_PARTS = 12  # tensors of a module, at most
-_ENTRY = 150  # bytes of a tensor's entry in a header besides the module's name, at most
-_SLACK = 4096
+_COMPUTED = 3  # tensors of a plain LoRA's module
+_ENTRY = 130  # bytes of a tensor's entry in a header besides the module's name, at most
+_SLACK = 1024
 # of the source's header, what would be said of another base
 _OF_THE_BASE = ("ss_sd_model", "ss_new_sd_model", "ss_base_model", "ss_v2", "ss_network")
 
@@ -43,16 +43,28 @@ class Files:
         self._dtypes: list[torch.dtype | None] = [None] * count
         try:
             for i, path in enumerate(plan.outputs):
-                names = [task.partner.target.name or "" for task in layout.tasks if i in task.uses]
-                names += [module.name or "" for module in _fused(plan)]
-                reserve = sum(_PARTS * (len(name.encode()) + _ENTRY) for name in names) + _SLACK
-                reserve += sum(len(name.encode()) + _ENTRY for name in plan.embeddings(plan.loras[i]))
-                reserve += len(header_bytes({}, self._metadata(i, {"similarity": 0.0})))
+                reserve = len(header_bytes({}, self._metadata(i, {}))) + self._entries(layout, i) + _SLACK
                 writer = SafetensorsWriter(path, reserve, plan.spec.overwrite)
                 self.writers.append(self._stack.enter_context(writer))
         except BaseException:
             self._stack.close()
             raise
+
+    def _entries(self, layout: Layout, number: int) -> int:
+        """Bytes of a header's entries, at most."""
+        parts: dict[str, int] = {}
+        begun = set()
+        for task in layout.tasks:
+            if number in task.uses:
+                module = task.partner.target
+                stored = max(len(entry.parts) for entry, _ in task.uses[number])
+                parts[module.name or ""] = max(_COMPUTED, stored) + 1  # an alpha or a bias may be added
+                begun.add((module.component, module.fused))
+        for module in _fused(self.plan):
+            if (module.component, module.fused) in begun:
+                parts.setdefault(module.name or "", _COMPUTED)
+        parts |= dict.fromkeys(self.plan.embeddings(self.plan.loras[number]), 1)
+        return sum(count * (len(name.encode()) + _ENTRY) for name, count in parts.items())
 
     def __enter__(self) -> Files:
         return self
