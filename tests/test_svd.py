@@ -242,9 +242,11 @@ def test_the_number_of_threads_does_not_matter(method, low):
             results.append(extracted(A, 32, method, low=low))
     finally:
         torch.set_num_threads(before)
-    for other in results[1:]:  # sums may be split differently, which moves last digits only
+    # sums may be split differently, which moves last digits only; bf16, which has three, moves more of them
+    precision = 1e-4 if low is None else 3e-4
+    for other in results[1:]:
         assert other.error2 == pytest.approx(results[0].error2, rel=1e-5)
-        assert other.S.numpy() == pytest.approx(results[0].S.numpy(), rel=1e-4)
+        assert other.S.numpy() == pytest.approx(results[0].S.numpy(), rel=precision)
         assert oracles.delta(other, 8) == pytest.approx(oracles.delta(results[0], 8), abs=1e-4)
 
 
