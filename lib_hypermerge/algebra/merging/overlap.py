@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..factored import LowRank, inner, norm
-from .singular import singular
+from .singular import Singular, singular
 
 
 def cosine(a: LowRank, b: LowRank) -> float:
@@ -19,7 +19,11 @@ def subspace_overlap(a: LowRank, b: LowRank, energy: float | None = None) -> flo
     Strength does not count: energy leaves only the main directions that make up this share of each ‖·‖²_F.
     Hu et al. 2021, arXiv 2106.09685, equation 4.
     """
-    first, second = singular(a, energy), singular(b, energy)
+    return overlap_of(singular(a, energy), singular(b, energy))
+
+
+def overlap_of(first: Singular, second: Singular) -> float:
+    """The same of directions that are known already."""
     r = min(len(first.S), len(second.S))
     if r == 0:
         return 0.0

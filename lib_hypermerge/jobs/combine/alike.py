@@ -12,7 +12,8 @@ import torch
 
 from ...algebra import factored
 from ...algebra.factored import LowRank
-from ...algebra.merging.overlap import subspace_overlap
+from ...algebra.merging.overlap import overlap_of
+from ...algebra.merging.singular import singular
 from .changes import Change, Term
 
 _MAIN = 0.9  # of a change's energy, in the directions that count for the overlap
@@ -61,14 +62,13 @@ def measure(terms: Sequence[Term], count: int) -> Alike:
         for second in terms[: a + 1]:
             i, j = first.index, second.index
             out.gram[i, j] = out.gram[j, i] = inner(first.change, second.change)
-    for a, first in enumerate(terms):
-        for second in terms[:a]:
-            both = first.change, second.change
-            if all(isinstance(change, LowRank) for change in both):
-                i, j = first.index, second.index
-                size = math.sqrt(max(0.0, float(out.gram[i, i] * out.gram[j, j])))
-                out.weight[i, j] = out.weight[j, i] = size
-                out.overlap[i, j] = out.overlap[j, i] = size * subspace_overlap(*both, _MAIN)  # type: ignore[arg-type]
+    low = [(term.index, term.change) for term in terms if isinstance(term.change, LowRank)]
+    main = [(index, singular(change, _MAIN)) for index, change in low] if len(low) > 1 else []
+    for a, (i, first) in enumerate(main):
+        for j, second in main[:a]:
+            size = math.sqrt(max(0.0, float(out.gram[i, i] * out.gram[j, j])))
+            out.weight[i, j] = out.weight[j, i] = size
+            out.overlap[i, j] = out.overlap[j, i] = size * overlap_of(first, second)
     strengths = torch.zeros(count, dtype=torch.float64)
     for term in terms:
         strengths[term.index] = term.strength
