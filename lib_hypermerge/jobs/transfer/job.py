@@ -60,7 +60,7 @@ class _Transfer:
             self._refuse()
             self.context.progress(0.99, "saving")
             written = [] if files is None else files.publish([self._facts(i) for i in range(len(self.plan.loras))])
-        return self._report(written, matcher.told, layout)
+        return self._report(written, matcher.told)
 
     def _map(self, function, items) -> Iterator[Any]:
         return map_in_order(function, items, self.workers, self.threads, self.context.check)
@@ -108,7 +108,7 @@ class _Transfer:
         facts = {"similarity": similarity, "retained": of["retained"], "arrived": of["arrived"]}
         return {key: round(value, 6) for key, value in facts.items() if value is not None}
 
-    def _report(self, written: list[Written], choices: list[dict[str, Any]], layout: Layout) -> Report:
+    def _report(self, written: list[Written], choices: list[dict[str, Any]]) -> Report:
         spec, measures = self.spec, self.measures
         loras = []
         for i, (lora, path) in enumerate(zip(self.plan.loras, self.plan.outputs, strict=True)):
@@ -127,9 +127,10 @@ class _Transfer:
             "layers_equal": sum(layer["equal"] for layer in measures.layers),
             "actions": dict(actions), "skipped_because": dict(skipped),
             "paired": dict(Counter(layer["paired_by"] for layer in measures.layers)), "choices": choices,
-            "components": measures.components(), "loras": loras, "layers": sorted(
-                measures.layers, key=lambda layer: (layer["component"] != "unet", layer["component"])
-            ), "device": "cpu",
+            "components": measures.components(), "loras": loras,
+            "layers": sorted(measures.layers, key=lambda one: (one["component"] != "unet", one["component"],
+                                                               one["block"], one["layer"])),
+            "device": "cpu",
         }  # fmt: skip
         if len(written) == 1:
             details["prompt"] = f"<lora:{self.plan.outputs[0].stem}:1>"

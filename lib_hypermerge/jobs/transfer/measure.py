@@ -78,7 +78,6 @@ class Measures:
     def __init__(self, count: int):
         self.loras = [OfLora() for _ in range(count)]
         self.layers: list[dict[str, Any]] = []
-        self.compared = 0  # layers whose similarity was asked for
 
     def add(self, carried: Carried) -> None:
         """Take note of a layer."""
@@ -90,7 +89,6 @@ class Measures:
             return
         actions = {moved.action for moved in carried.moved.values()}
         first = next((action for action in (*WRITTEN, *sorted(actions)) if action in actions), "")
-        self.compared += 1
         self.layers.append({
             "layer": key_of(target), "block": target.block, "component": target.component,
             "source": key_of(partner.source), "paired_by": partner.how,
