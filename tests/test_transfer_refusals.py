@@ -76,7 +76,7 @@ def test_unrelated_models_unless_forced(refused, models, tmp_path):
     report = transfer(models / "style.safetensors", models / "source.safetensors", models / "stranger.safetensors",
                       tmp_path / "new", "--force")  # fmt: skip
     assert abs(report["similarity"]) < 0.05 and report["forced"] is True and report["skipped"] == 0
-    assert any(warning.startswith("Forced: the similarity of the two bases is") for warning in report["warnings"])
+    assert any(warning.startswith("Forced. The similarity of the two bases is") for warning in report["warnings"])
 
 
 def test_strangers_are_known_by_a_sample_long_before_all_layers_are_read(models, tmp_path):

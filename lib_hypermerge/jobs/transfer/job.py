@@ -146,8 +146,10 @@ class _Transfer:
     def _warn(self, loras: list[dict[str, Any]]) -> None:
         similarity = self.measures.similarity
         if self.spec.force and (similarity is None or similarity < UNRELATED):
-            told = "unknown" if similarity is None else two_digits(similarity)
-            self.warnings.append(f"Forced: the similarity of the two bases is {told}, which is that of strangers.")
+            told = "Nothing tells whether the two bases are related."
+            if similarity is not None:
+                told = f"The similarity of the two bases is {two_digits(similarity)}, which is that of strangers."
+            self.warnings.append(f"Forced. {told}")
         for lora, own in zip(loras, self.measures.loras, strict=True):
             retained = lora["retained"]
             if self.spec.method in (LORA_X, CROSS) and retained is not None and retained < _LOSSY:
