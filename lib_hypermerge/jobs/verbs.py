@@ -41,12 +41,12 @@ VERBS = {
         "combine", "Combine", "Several LoRAs with weights, or those of a prompt, as one LoRA.", CombineSpec,
         ".combine.job",
     ),
-    "transfer": Verb(
-        "transfer", "Transfer", "LoRAs of one base checkpoint for another, related one.", TransferSpec, ".transfer.job",
-    ),
     "resize": Verb(
         "resize", "Resize", "LoRAs with fewer directions, or with room for more; many at once.", ResizeSpec,
         ".resize.job",
+    ),
+    "transfer": Verb(
+        "transfer", "Transfer", "LoRAs of one base checkpoint for another, related one.", TransferSpec, ".transfer.job",
     ),
     "convert": Verb(
         "convert", "Convert", "A LoRA in another dialect or family, a checkpoint in another number format.",
