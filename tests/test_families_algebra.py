@@ -111,13 +111,20 @@ class TestMagnitudes:
             return ((U[:, :rank] * S[:rank]) @ Vh[:rank]).reshape(change.shape)
 
         fit = dora.fit(base, tuned, truncate, axis)
-        change, m = fit.change, fit.magnitudes
-        assert torch.linalg.matrix_rank(change.flatten(1)) <= rank
+        assert fit is not None
+        change, m = fit.V - base, fit.magnitudes
+        assert torch.linalg.matrix_rank(change.flatten(1), atol=1e-9) <= rank
         error = (tuned - dora.recompose(base + change, m, axis)).norm()
         plain = truncate(tuned - base)
         once = dora.recompose(base + plain, dora.magnitudes(base + plain, tuned, axis), axis)
         assert error <= (tuned - once).norm() + 1e-9 <= (tuned - base - plain).norm() + 2e-9
-        assert fit.error2 == pytest.approx(float(error) ** 2, rel=1e-9, abs=1e-20)
+        assert fit.error2 == pytest.approx(float(error) ** 2, rel=1e-9)
+        assert dora.missed(fit.V, m, tuned, axis) == pytest.approx(fit.error2, rel=1e-9)
+        assert dora.fit(base, tuned, truncate, axis, target=0.9 * fit.error2) is None
+        plain2, first2 = float((tuned - base - plain).norm()) ** 2, float((tuned - once).norm()) ** 2
+        modest = plain2 - 2 * (plain2 - first2) if plain2 > fit.error2 else plain2
+        reached = dora.fit(base, tuned, truncate, axis, target=modest)
+        assert (reached is not None) == (fit.error2 <= modest)
 
     def test_a_weight_that_was_only_rescaled_is_found_again(self):
         base = tensor(normal(0, 10, 6))
@@ -131,7 +138,8 @@ class TestMagnitudes:
 
         plain = (tuned - base - truncate(tuned - base)).norm()
         fit = dora.fit(base, tuned, truncate, dora.OUTPUT, steps=60)
-        assert (tuned - dora.recompose(base + fit.change, fit.magnitudes, dora.OUTPUT)).norm() < 0.2 * plain
+        assert fit is not None
+        assert (tuned - dora.recompose(fit.V, fit.magnitudes, dora.OUTPUT)).norm() < 0.2 * plain
 
 
 class TestFrozenFoura:

@@ -116,6 +116,14 @@ class TestKronecker:
         with pytest.raises(NumericalError, match="too large"):
             kronecker.fit(matrix_of(1e15 * normal(0, 6, 10)), [Sizes(2, 2, 3, 5)], FP16)
 
+    def test_a_target_out_of_reach_ends_it(self):
+        matrix, choices = matrix_of(normal(0, 48, 32)), kronecker.choices(48, 32, 1, 200)
+        found = kronecker.fit(matrix, choices, FP32)
+        assert found is not None
+        assert kronecker.fit(matrix, choices, FP32, target=0.99 * found.error2) is None
+        again = kronecker.fit(matrix, choices, FP32, target=1.01 * found.error2)
+        assert again is not None and torch.equal(again.w1, found.w1)
+
     def test_nothing_to_fit_or_to_choose(self):
         assert kronecker.fit(matrix_of(np.zeros((4, 4))), [Sizes(2, 2, 2, 2)], FP16) is None
         assert kronecker.fit(matrix_of(np.ones((4, 4))), [], FP16) is None

@@ -92,19 +92,33 @@ def choices(n: int, c: int, kernel: int, numbers: int) -> list[Sizes]:
 
 
 def fit(
-    matrix: Matrix, choices: list[Sizes], dtype: torch.dtype, seed: int = 0, method: str = "auto"
+    matrix: Matrix,
+    choices: list[Sizes],
+    dtype: torch.dtype,
+    seed: int = 0,
+    method: str = "auto",
+    target: float | None = None,
 ) -> Kronecker | None:
     """The nearest product of any of these sizes; None if there is none to choose from, or nothing to fit.
 
-    Work is in float32 with the decompositions' float64 sums.  method: of `decompose`.
+    Work is in float32 with the decompositions' float64 sums.  method: of `decompose`.  target: a squared error to
+    reach; None where no product does, but for rounding.
     Raises NumericalError if dtype cannot hold the numbers.
     """
-    if matrix.energy == 0 or not choices:
+    if matrix.energy == 0:
         return None
     unit = matrix.unit
     scaled = matrix if unit == 1 else Matrix(matrix.A * unit, matrix.energy * unit * unit)
-    best = max((_fitted(scaled, sizes, seed, method) for sizes in choices), key=lambda found: found[0])
-    return _rounded(matrix, best[1], best[2] / unit, dtype, seed, method)
+    wholes = [(*_whole(scaled, sizes, seed, method), sizes) for sizes in choices]
+    most, best = 0.0 if target is None else scaled.energy - target * unit * unit, None
+    for kept, w1, sizes in sorted(wholes, key=lambda found: -found[0]):
+        if kept <= most:  # and of low rank it keeps no more
+            break
+        if sizes.rank is not None:
+            kept, w1 = _cut(scaled, sizes, sizes.rank, w1, seed, method)
+        if kept > most:
+            most, best = kept, (sizes, w1)
+    return None if best is None else _rounded(matrix, best[0], best[1] / unit, dtype, seed, method)
 
 
 def blocks(A: torch.Tensor, sizes: Sizes) -> torch.Tensor:
@@ -113,22 +127,26 @@ def blocks(A: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     return A.reshape(u, p, v, w).permute(0, 2, 1, 3).reshape(u * v, p * w)
 
 
-def _fitted(matrix: Matrix, sizes: Sizes, seed: int, method: str) -> tuple[float, Sizes, torch.Tensor]:
-    """(energy that the best product keeps, sizes, its w1 as a unit vector (u·v,))."""
+def _whole(matrix: Matrix, sizes: Sizes, seed: int, method: str) -> tuple[float, torch.Tensor]:
+    """(energy that the best product with a whole w2 keeps, its w1 as a unit vector (u·v,))."""
     R = blocks(matrix.A, sizes)
     w1 = _unit(_truncated(Matrix(R, matrix.energy), 1, torch.float32, seed, method).up[:, 0].to(R.device))
-    kept = _energy(w1 @ R)
-    if sizes.rank is None:
-        return kept, sizes, w1
-    kept, best = 0.0, w1
+    return _energy(w1 @ R), w1
+
+
+def _cut(
+    matrix: Matrix, sizes: Sizes, rank: int, w1: torch.Tensor, seed: int, method: str
+) -> tuple[float, torch.Tensor]:
+    """The same with a w2 of low rank, by turns from the w1 of a whole one."""
+    R, kept, best = blocks(matrix.A, sizes), 0.0, w1
     for _ in range(_TURNS):
         whole = (w1 @ R).reshape(sizes.p, sizes.w)
-        factors = _truncated(Matrix(whole, _energy(whole)), sizes.rank, torch.float32, seed, method)
+        factors = _truncated(Matrix(whole, _energy(whole)), rank, torch.float32, seed, method)
         if (now := factors.energy - factors.error2) <= kept:
             break
         kept, best = now, w1
         w1 = _unit(R @ (factors.up @ factors.down).to(R.device).flatten())
-    return kept, sizes, best
+    return kept, best
 
 
 def _truncated(matrix: Matrix, rank: int, dtype: torch.dtype, seed: int, method: str) -> Factors:

@@ -217,9 +217,10 @@ class ModuleWork:
             return (factors.up.double() @ factors.down.double()).reshape(W.shape)
 
         fit = dora.fit(W, goal, truncate, axis)
+        assert fit is not None  # there is no target
         m = fit.magnitudes.to(magnitudes.dtype)
         out.methods.append("fitted")
-        out.error2 += dora.missed(W + fit.change, m.to(W.dtype), goal, axis)
+        out.error2 += dora.missed(fit.V, m.to(W.dtype), goal, axis)
         return self._factors(source, tried[fit.turn]) | {SCALE: m} | {k: v for k, v in inner.items() if k == BIAS}
 
 

@@ -3,7 +3,7 @@
 What a family may take is what a LoRA of the layer's rank takes: LoHa has half of that rank, LoKr the largest sizes
 that fit. DoRA takes its magnitudes beside the factors. So that nothing is had for free, each fit is measured
 against a LoRA of exactly as many numbers; where that is a fraction of a rank, the direction concerned counts for the
-fraction.
+fraction. A fit is not finished where it will not come as close as the layer's LoRA.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class FamilyWork:
 
 
 def kept(fits: dict[str, Fit], family: str) -> Fit:
-    """The family's fit if there is one that wins, else the LoRA."""
-    fit = fits.get(family)
-    return fit if fit is not None and fit.wins else fits[LORA]
+    """The family's fit if it is closer than a LoRA of its size, and than the one of the layer's rank; else that."""
+    fit, plain = fits.get(family), fits[LORA]
+    return fit if fit is not None and fit.error2 < min(fit.rival2, plain.error2) else plain
 
 
 class _Layer:
@@ -84,9 +84,11 @@ class _Layer:
         return Fit(LORA, self._factors(self.lora), self.lora.rank, error2, error2)
 
     def dora(self) -> Fit | None:
-        """None where a channel is too small for its norm to be divided by, whatever the host computes in."""
+        """None where magnitudes bring less than as many numbers bring a LoRA, or where a channel is too small for its
+        norm to be divided by, whatever a host computes in."""
         base = self.owner.work.base_weight(self.pair, self.matrix.A.device)
         tuned = base + self.matrix.A.reshape(self.shape)
+        rival2 = self.rival2(self.lora.rank * (self.n + self.k) + self.shape[1])
         tried: list[Factors] = []
 
         def approximate(change: torch.Tensor) -> torch.Tensor:
@@ -94,31 +96,33 @@ class _Layer:
             up, down = (factor.to(change.device).float() for factor in (tried[-1].up, tried[-1].down))
             return (up @ down).reshape(self.shape)
 
-        found = dora.fit(base, tuned, approximate, dora.INPUT, worth=_WORTH)
-        V = base.add_(found.change)
+        found = dora.fit(base, tuned, approximate, dora.INPUT, worth=_WORTH, target=rival2)
+        if found is None:
+            return None
         stored = found.magnitudes.to(self.owner.dtype)
-        if not stored.isfinite().all() or min(x.abs().min() for x in (dora.norms(V, dora.INPUT), stored)) < _LEAST_NORM:
+        sizes = torch.cat((dora.norms(found.V, dora.INPUT).flatten(), stored.float().abs().flatten()))
+        if not (sizes >= _LEAST_NORM).all() or not stored.isfinite().all():
             return None
         factors = tried[found.turn]
         tensors = (*self._factors(factors), (f"{self.name}.{SCALE}", stored.cpu()))
-        error2 = dora.missed(V, stored.float(), tuned, dora.INPUT)
-        return Fit(DORA, tensors, factors.rank, error2, self.rival2(factors.rank * (self.n + self.k) + stored.numel()))
+        return Fit(DORA, tensors, factors.rank, dora.missed(found.V, stored.float(), tuned, dora.INPUT), rival2)
 
     def loha(self) -> Fit | None:
-        """None where half a rank is none, or where it would not come closer than a LoRA of its size."""
-        rank = self.rank // 2
+        """None where half a rank is none, or where it would not come as close as the layer's LoRA."""
+        rank, spec = self.rank // 2, self.owner.spec
         if rank == 0:
             return None
+        found = hadamard.fit(self.matrix, rank, self.owner.dtype, spec.seed, spec.method, self.lora.error2)
+        if found is None:
+            return None
         rival2 = self.rival2(2 * rank * (self.n + self.k))
-        spec = self.owner.spec
-        found = hadamard.fit(self.matrix, rank, self.owner.dtype, spec.seed, spec.method, target=rival2)
-        return None if found is None else Fit(LOHA, tuple(loha.tensors(self.name, found)), rank, found.error2, rival2)
+        return Fit(LOHA, tuple(loha.tensors(self.name, found)), rank, found.error2, rival2)
 
     def lokr(self) -> Fit | None:
-        """None where the layer's sides have no factors that fit."""
-        channels = self.shape[1]
+        """None where the layer's sides have no factors that fit, or where none comes as close as the layer's LoRA."""
+        channels, spec = self.shape[1], self.owner.spec
         choices = kronecker.choices(self.n, channels, self.k // channels, self.rank * (self.n + self.k))
-        found = kronecker.fit(self.matrix, choices, self.owner.dtype, self.owner.spec.seed, self.owner.spec.method)
+        found = kronecker.fit(self.matrix, choices, self.owner.dtype, spec.seed, spec.method, self.lora.error2)
         if found is None:
             return None
         rank = None if found.down is None else len(found.down)

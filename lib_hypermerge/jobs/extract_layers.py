@@ -34,11 +34,6 @@ class Fit:
     rival2: float
 
     @property
-    def wins(self) -> bool:
-        """Whether it is closer than a LoRA of its size."""
-        return self.error2 < self.rival2
-
-    @property
     def nbytes(self) -> int:
         """Of the tensors, but for alpha."""
         return sum(tensor.nbytes for _, tensor in self.tensors if tensor.dim())
