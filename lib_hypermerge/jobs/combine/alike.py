@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ...algebra import factored
+from ...algebra.core import core_of
 from ...algebra.factored import LowRank
-from ...algebra.merging.overlap import overlap_of
-from ...algebra.merging.singular import singular
+from ...algebra.rank import by_energy
+from ...algebra.slabs import cross
 from .changes import Change, Term
 
 _MAIN = 0.9  # of a change's energy, in the directions that count for the overlap
@@ -58,17 +58,20 @@ class Alike:
 def measure(terms: Sequence[Term], count: int) -> Alike:
     """Of one layer. count: of all LoRAs."""
     out = Alike.none(count)
+    main = {term.index: _Directions.of(term.change) for term in terms if isinstance(term.change, LowRank)}
     for a, first in enumerate(terms):
-        for second in terms[: a + 1]:
-            i, j = first.index, second.index
-            out.gram[i, j] = out.gram[j, i] = inner(first.change, second.change)
-    low = [(term.index, term.change) for term in terms if isinstance(term.change, LowRank)]
-    main = [(index, singular(change, _MAIN)) for index, change in low] if len(low) > 1 else []
-    for a, (i, first) in enumerate(main):
-        for j, second in main[:a]:
-            size = math.sqrt(max(0.0, float(out.gram[i, i] * out.gram[j, j])))
-            out.weight[i, j] = out.weight[j, i] = size
-            out.overlap[i, j] = out.overlap[j, i] = size * overlap_of(first, second)
+        i = first.index
+        out.gram[i, i] = main[i].energy if i in main else _energy(first.change)
+        for second in terms[:a]:
+            j = second.index
+            if i in main and j in main:
+                product, shared = main[i].compared(main[j])
+                size = math.sqrt(float(out.gram[i, i] * out.gram[j, j]))
+                out.weight[i, j] = out.weight[j, i] = size
+                out.overlap[i, j] = out.overlap[j, i] = size * shared
+            else:
+                product = inner(first.change, second.change)
+            out.gram[i, j] = out.gram[j, i] = product
     strengths = torch.zeros(count, dtype=torch.float64)
     for term in terms:
         strengths[term.index] = term.strength
@@ -77,10 +80,39 @@ def measure(terms: Sequence[Term], count: int) -> Alike:
     return out
 
 
+@dataclass(frozen=True)
+class _Directions:
+    """The main directions of a change A = a.scale·a.up·a.down: a.up·left and a.downᵀ·right are orthonormal."""
+
+    a: LowRank
+    energy: float
+    left: torch.Tensor  # (r, m) float64
+    right: torch.Tensor  # (r, m)
+
+    @staticmethod
+    def of(a: LowRank) -> _Directions:
+        core = core_of(a)
+        S = core.S[: core.rank]
+        m = min(core.rank, by_energy(S, core.energy, _MAIN, complete=True) or core.rank) if core.rank else 0
+        half = S[:m].sqrt()
+        return _Directions(a, core.energy, core.lift[:, :m] / half, core.drop[:m].mT / half)
+
+    def compared(self, other: _Directions) -> tuple[float, float]:
+        """(⟨A, B⟩, the overlap of the main directions as in `subspace_overlap`)."""
+        ups, downs = cross(self.a.up, other.a.up), cross(self.a.down.mT, other.a.down.mT)
+        m = min(self.left.shape[1], other.left.shape[1])
+        sides = (self.left.mT @ ups @ other.left, self.right.mT @ downs @ other.right)
+        shared = sum(float(side.square().sum()) for side in sides) / (2 * m) if m else 0.0
+        return self.a.scale * other.a.scale * float((ups * downs).sum()), min(1.0, shared)
+
+
+def _energy(change: Change) -> float:
+    assert isinstance(change, torch.Tensor)
+    return float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+
+
 def inner(a: Change, b: Change) -> float:
-    """⟨A, B⟩ in float64."""
-    if isinstance(a, LowRank) and isinstance(b, LowRank):
-        return factored.inner(a, b)
+    """⟨A, B⟩ in float64, of which at least one is a matrix."""
     if isinstance(a, LowRank):
         a, b = b, a
     assert isinstance(a, torch.Tensor)

@@ -13,6 +13,7 @@ from ...algebra.factored import LowRank
 from ...algebra.folding import same_bits
 from ...errors import NumericalError
 from ...files.source import TensorFile
+from ..convert_checkpoint import is_finite
 from .layers import Layer, Part
 
 Change = LowRank | torch.Tensor
@@ -133,7 +134,7 @@ def whole(change: Change) -> torch.Tensor:
 def _loaded(part: Part) -> Adapter:
     adapter = part.load()
     for name, tensor in adapter.tensors.items():
-        if tensor.is_floating_point() and not _readable(tensor).isfinite().all():
+        if tensor.is_floating_point() and not is_finite(_readable(tensor)):
             raise _damaged(part, name)
     return adapter
 
@@ -144,7 +145,7 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_finite(part: Part, change: torch.Tensor) -> None:
-    if not change.isfinite().all():
+    if not is_finite(change):
         raise _damaged(part, "its change")
 
 

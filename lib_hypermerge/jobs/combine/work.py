@@ -14,9 +14,9 @@ from ...adapters.full import DIFF
 from ...adapters.norm import SHIFT, WEIGHT
 from ...algebra import rank as rank_rules
 from ...algebra.core import core_of
-from ...algebra.factored import LowRank, inner
+from ...algebra.factored import LowRank
 from ...algebra.lowrank import Factors, Matrix, check_range, decompose, factorise
-from ...algebra.merging.merge import merge
+from ...algebra.merging.merge import linear, merge
 from ...algebra.side_by_side import rounded
 from ...errors import NumericalError
 from ...files.dtypes import OUTPUT_DTYPES, torch_dtype
@@ -30,7 +30,7 @@ from .spec import USUAL_DENSITY
 AS_THEY_ARE, CUT, DECOMPOSED, WHOLE = "factors side by side", "cut by its factors", "decomposed", "whole matrix"
 NORM, NOTHING = "norm", "sum is zero"
 _NOTHING = 1e-13  # squared share of the terms below which their sum in float32 is rounding
-_CANCELLED = 1e-9  # squared share of their columns that a sum of factors may be without a closer look
+_CANCELLED = 1e-9  # squared share of the terms below which a sum of factors deserves a closer look
 _POOR = 4.0  # in squared spacings of the number format: rounding that cancelling columns have made worse
 
 
@@ -86,7 +86,7 @@ class LayerWork:
         """Of what the method makes; of a matrix without factors no more than cap values, unless all come anyway."""
         terms = self.changes.of_weight(layer) if layer.changes_weight else []
         merged = self._merged(layer, terms)
-        if merged is None or self._is_nothing(merged, terms):
+        if merged is None or self._is_nothing(merged, measure(terms, len(self.plan.loras))):
             return Spectrum(layer, torch.zeros(0, dtype=torch.float64), True)
         if isinstance(merged, LowRank):
             core = core_of(merged)
@@ -100,7 +100,9 @@ class LayerWork:
         alike = measure(terms, len(self.plan.loras)) if terms else None
         merged = self._merged(layer, terms)
         bias = self._bias(layer)
-        factors, how = (None, NOTHING) if merged is None else self._factors(layer, merged, terms, rank)
+        factors, how = None, NOTHING
+        if merged is not None and alike is not None:
+            factors, how = self._factors(layer, merged, alike, rank)
         if how == WHOLE and merged is not None:
             merged = whole(merged)
             stored = _in(self.dtype, merged)
@@ -117,29 +119,29 @@ class LayerWork:
         way = self.spec.way
         if not terms or (way.first_is_special and terms[0].index != 0):
             return None
+        weighted = [(term.strength, term.change) for term in terms]
+        if way.is_exact:
+            return linear(weighted)
         return merge(
-            self.spec.method, [(term.strength, term.change) for term in terms],
+            self.spec.method, weighted,
             density=USUAL_DENSITY if self.spec.density is None else self.spec.density,
             seed=self.spec.seed ^ zlib.crc32(layer.name.encode()), energy=self.spec.directions,
         )  # fmt: skip
 
-    def _is_nothing(self, merged: Change, terms: Sequence[Term]) -> bool:
+    def _is_nothing(self, merged: Change, alike: Alike) -> bool:
         """Whether terms have cancelled each other but for float32's rounding; factors tell that by their core."""
-        if isinstance(merged, LowRank):
-            return False
-        energy = _energy(merged)
-        return energy == 0 or energy < _NOTHING * sum(t.strength**2 * _energy_of(t.change) for t in terms)
+        return isinstance(merged, torch.Tensor) and _energy(merged) <= _NOTHING * alike.of_terms
 
     def _factors(
-        self, layer: Layer, merged: Change, terms: Sequence[Term], rank: int | None
+        self, layer: Layer, merged: Change, alike: Alike, rank: int | None
     ) -> tuple[Factors | None, str]:
         spec = self.spec
         if not spec.cuts and not layer.has_factors:
-            return None, NOTHING if self._is_nothing(whole(merged), terms) else WHOLE
+            return None, NOTHING if self._is_nothing(whole(merged), alike) else WHOLE
         wanted = rank or spec.rank or (layer.rank if spec.energy is None else min(layer.size))
         if isinstance(merged, LowRank):
-            return self._of_low_rank(merged, wanted)
-        if self._is_nothing(merged, terms):
+            return self._of_low_rank(merged, wanted, alike)
+        if self._is_nothing(merged, alike):
             return None, NOTHING
         matrix = _matrix(merged)
         wanted = min(wanted, *layer.size)
@@ -148,21 +150,20 @@ class LayerWork:
             wanted = rank_rules.by_energy(basis.S, matrix.energy, spec.energy, complete=True) or wanted
         return factorise(matrix, basis, wanted, self.dtype), DECOMPOSED
 
-    def _of_low_rank(self, merged: LowRank, wanted: int) -> tuple[Factors | None, str]:
+    def _of_low_rank(self, merged: LowRank, wanted: int, alike: Alike) -> tuple[Factors | None, str]:
         """Columns side by side where no cut is asked for, unless they cancel so much that rounding would show."""
         plain = None
         if not self.spec.cuts and merged.rank <= wanted:
-            plain = rounded(merged, self.dtype)
-            gross = float((merged.up.norm(dim=0) * merged.down.norm(dim=1)).sum()) ** 2
+            plain = rounded(merged, self.dtype, alike.of_sum if self.spec.way.is_exact else None)
             precise = plain.error2 <= _POOR * torch.finfo(self.dtype).eps ** 2 * plain.energy
-            if precise and plain.energy > _CANCELLED * gross:
+            if precise and plain.energy > _CANCELLED * alike.of_terms:
                 return plain, AS_THEY_ARE
         core = core_of(merged)
         if core.rank == 0:
             return None, NOTHING
         if self.spec.energy is not None:
             S = core.S[: core.rank]
-            wanted = rank_rules.by_energy(S, float(S.square().sum()), self.spec.energy, complete=True) or core.rank
+            wanted = rank_rules.by_energy(S, core.energy, self.spec.energy, complete=True) or core.rank
         cut = core.factors(wanted, self.dtype)
         if plain is not None and plain.error2 <= cut.error2:
             return plain, AS_THEY_ARE
@@ -201,7 +202,3 @@ def _matrix(change: torch.Tensor) -> Matrix:
 
 def _energy(change: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
-
-
-def _energy_of(change: Change) -> float:
-    return inner(change, change) if isinstance(change, LowRank) else _energy(change)
