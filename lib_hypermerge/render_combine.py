@@ -63,7 +63,7 @@ def _two(value: float) -> str:
 def describe(report: Report) -> list[tuple[str, str]]:
     """What else there is to say of it; for the terminal and the page alike."""
     d = report.details
-    rows = [("model", d["architecture"]), ("method", f"{d['method']}. {d['advice']}")]
+    rows = [("model", d["architecture"]), ("method", d["advice"])]
     rows += [(f"LoRA {lora['name']}", lora_text(lora)) for lora in d["loras"]]
     rows.append(("layers", f"{report.modules} ({counts(d['made'])})"))
     if d["ranks"]:

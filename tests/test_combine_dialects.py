@@ -156,9 +156,9 @@ def test_norms_and_biases_are_summed(tmp_path):
     alone = "lora_unet_mid_block_attentions_0_proj_out"
     close(f"{alone}.diff_b", -2 * two[f"{alone}.diff_b"])
     assert not made[f"{alone}.lora_up.weight"].any() and not made[f"{alone}.lora_down.weight"].any()
-    assert answer["made"]["norm"] == 1
+    assert answer["made"]["norms"] == 1
     again = combine(*flagged, "--out", tmp_path / "p", "--rank", 1)
-    assert again["made"]["norm"] == 1 and f"{LAYER}.diff_b" in load_file(tmp_path / "p.safetensors")
+    assert again["made"]["norms"] == 1 and f"{LAYER}.diff_b" in load_file(tmp_path / "p.safetensors")
 
 
 def test_a_norms_scale_alone_gets_a_shift_that_hosts_ask_for(tmp_path):

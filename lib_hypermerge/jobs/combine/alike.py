@@ -139,7 +139,7 @@ class Course:
         total = Alike.none(self.count)
         by_block: dict[str, dict[str, Any]] = defaultdict(dict)
         pairs = [(i, j) for i in range(self.count) for j in range(i + 1, self.count)]
-        for (component, block), own in sorted(self.blocks.items()):
+        for (component, block), own in sorted(self.blocks.items(), key=_unet_first):
             total.add(own)
             cosines, overlaps = own.cosines(), own.overlaps()
             by_block[component][block] = {
@@ -153,6 +153,11 @@ class Course:
             "pairs": [list(pair) for pair in pairs],
             "by_block": dict(by_block),
         }
+
+
+def _unet_first(item: tuple[tuple[str, str], Alike]) -> tuple[bool, str, str]:
+    (component, block), _ = item
+    return component != "unet", component, block
 
 
 def _table(values: torch.Tensor, sizes: torch.Tensor) -> list[list[float | None]]:

@@ -108,7 +108,7 @@ class _Combination:
             "architecture": plan.model.title,
             "preview": plan.spec.preview,
             "method": plan.spec.method,
-            "advice": plan.spec.way.advice,
+            "advice": plan.spec.told,
             "loras": [plan.lora_json(index) for index in range(len(plan.loras))],
             "alike": self.course.to_json(),
             "components": m.by_component() if m.energy > 0 else {},

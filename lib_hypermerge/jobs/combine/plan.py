@@ -167,7 +167,7 @@ class CombinePlan:
             "expected_seconds": round(self.expected_seconds(host.threads()), 1),
             "expected_memory": _PROCESS_BYTES + threads * self.bytes_per_worker,
             "output": str(self.output),
-            "warnings": [f"{self.spec.way.title}: {self.spec.way.advice}", *self.warnings],
+            "warnings": [self.spec.told, *self.warnings],
         }
 
     def lora_json(self, index: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, ClassVar
@@ -26,11 +27,13 @@ from . import prompt as prompts
 
 LINEAR = "linear"
 USUAL_DENSITY = 0.5
+_PAPER = re.compile(r"arXiv [\d.]+")
 _IN_A_NAME = 3  # LoRAs, beyond which the result's name counts the others
 
 
 def _meaning(method: Method) -> str:
-    return f"{method.title} ({method.source})" if method.source else method.title
+    papers = ", ".join(_PAPER.findall(method.source))
+    return f"{method.title} ({papers})" if papers else method.title
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +62,6 @@ class CombineSpec(Spec):
         "The base model, needed where a change depends on its weights: DoRA, OFT, IA3, GLoRA, SVDiff.", None,
         optional=True,
     )  # fmt: skip
-    method: str = param(
-        CHOICE, "Method", "How several changes of a layer become one.", LINEAR,
-        choices=tuple((method.id, _meaning(method)) for method in METHODS.values()),
-    )  # fmt: skip
     rank: int | None = param(
         INTEGER, "Rank",
         "Directions kept per layer. Empty: exactly, or as many as all LoRAs have together where the method gives more.",
@@ -75,6 +74,10 @@ class CombineSpec(Spec):
     size: float | None = param(
         NUMBER, "Size, MiB", "Instead of a rank: a file of this size, ranks allotted over all layers at once.", None,
         bounds=(0.01, None), optional=True,
+    )  # fmt: skip
+    method: str = param(
+        CHOICE, "Method", "How several changes of a layer become one.", LINEAR,
+        choices=tuple((method.id, _meaning(method)) for method in METHODS.values()),
     )  # fmt: skip
     density: float | None = param(
         NUMBER, "Density",
@@ -102,6 +105,12 @@ class CombineSpec(Spec):
     def way(self) -> Method:
         """The row of the table of methods."""
         return METHODS[self.method]
+
+    @property
+    def told(self) -> str:
+        """The method in words, with its source."""
+        source = f" ({self.way.source})" if self.way.source else ""
+        return f"{self.way.title}{source}. {self.way.advice}"
 
     @property
     def cuts(self) -> bool:

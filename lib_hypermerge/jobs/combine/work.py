@@ -27,8 +27,8 @@ from .layers import Layer
 from .plan import CombinePlan
 from .spec import USUAL_DENSITY
 
-AS_THEY_ARE, CUT, DECOMPOSED, WHOLE = "factors side by side", "cut by its factors", "decomposed", "whole matrix"
-NORM, NOTHING = "norm", "sum is zero"
+SIDE_BY_SIDE, BY_FACTORS, BY_MATRIX = "side by side", "decomposed by factors", "decomposed by whole matrices"
+WHOLE, NORM, NOTHING = "whole matrices", "norms", "sums of zero"
 _NOTHING = 1e-13  # squared share of the terms below which their sum in float32 is rounding
 _CANCELLED = 1e-9  # squared share of the terms below which a sum of factors deserves a closer look
 _POOR = 4.0  # in squared spacings of the number format: rounding that cancelling columns have made worse
@@ -148,7 +148,7 @@ class LayerWork:
         basis = decompose(matrix, wanted, "auto" if spec.energy is None else "exact", spec.seed)
         if spec.energy is not None:
             wanted = rank_rules.by_energy(basis.S, matrix.energy, spec.energy, complete=True) or wanted
-        return factorise(matrix, basis, wanted, self.dtype), DECOMPOSED
+        return factorise(matrix, basis, wanted, self.dtype), BY_MATRIX
 
     def _of_low_rank(self, merged: LowRank, wanted: int, alike: Alike) -> tuple[Factors | None, str]:
         """Columns side by side where no cut is asked for, unless they cancel so much that rounding would show."""
@@ -157,7 +157,7 @@ class LayerWork:
             plain = rounded(merged, self.dtype, alike.of_sum if self.spec.way.is_exact else None)
             precise = plain.error2 <= _POOR * torch.finfo(self.dtype).eps ** 2 * plain.energy
             if precise and plain.energy > _CANCELLED * alike.of_terms:
-                return plain, AS_THEY_ARE
+                return plain, SIDE_BY_SIDE
         core = core_of(merged)
         if core.rank == 0:
             return None, NOTHING
@@ -166,8 +166,8 @@ class LayerWork:
             wanted = rank_rules.by_energy(S, core.energy, self.spec.energy, complete=True) or core.rank
         cut = core.factors(wanted, self.dtype)
         if plain is not None and plain.error2 <= cut.error2:
-            return plain, AS_THEY_ARE
-        return cut, CUT
+            return plain, SIDE_BY_SIDE
+        return cut, BY_FACTORS
 
     def _norm(self, layer: Layer) -> Made:
         scale, shift = self.changes.of_norm(layer), self.changes.of_bias(layer)
