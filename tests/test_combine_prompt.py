@@ -160,6 +160,27 @@ def test_a_name_of_the_hosts_list_is_the_hosts_choice(folder):
     assert found == ("same", folder / "deep/same.safetensors")
 
 
+def test_a_hosts_own_aliases_come_first(folder):
+    """A WebUI has read all of them already."""
+
+    class Knowing(FolderHost):
+        def resolve_lora(self, name):
+            return folder / "three.safetensors" if name == "shared" else super().resolve_lora(name)
+
+    (found,) = in_prompt("<lora:shared:1>", Knowing(folder, folder))[1]
+    assert found == ("three.safetensors", folder / "three.safetensors")
+
+
+def test_an_alias_that_changes_is_read_again(folder):
+    path, layer = folder / "one.safetensors", "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
+    for alias in ("first name", "the second name"):
+        save(path, {layer: torch.ones(1, 4)}, {"ss_output_name": alias})
+        (found,) = in_prompt(f"<lora:{alias}:1>", FolderHost(folder, folder))[1]
+        assert found[1] == path
+    with pytest.raises(SpecError):
+        in_prompt("<lora:first name:1>", FolderHost(folder, folder))
+
+
 def test_rows_and_prompt_together(folder):
     spec = CombineSpec.from_json({
         "loras": [{"lora": str(folder / "three.safetensors"), "weight": 2}], "prompt": "<lora:one:0.1:-0.5:8> <x:y>",

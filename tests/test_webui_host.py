@@ -13,7 +13,9 @@ from models import base_weights, rank_change, save_pair, tuned_weights
 
 from lib_hypermerge.errors import Cancelled, SpecError
 from lib_hypermerge.hosts.webui import WebUIHost
+from lib_hypermerge.jobs.combine.names import in_prompt
 from lib_hypermerge.jobs.runner import Runner
+from lib_hypermerge.ui.prompt_rows import rows_of
 
 
 class State:
@@ -172,6 +174,24 @@ def test_loras_are_those_of_the_prompt_and_peft_folders(webui, networks) -> None
     for wrong in ("twin", "unlisted", "", "../zeta", str(folder / "zeta.safetensors")):
         with pytest.raises(SpecError, match="no LoRA"):
             host.resolve_lora(wrong)
+
+
+def test_a_prompts_names_are_the_lists_or_aliases(webui, networks) -> None:
+    host, folder = WebUIHost(), webui.folder / "Lora"
+    folder.mkdir(parents=True)
+    for name in ("zeta", "Alpha", "beta", "fresh"):
+        (folder / f"{name}.safetensors").touch()
+    _, found = in_prompt("<lora:the zeta:0.5><lora:Alpha:1><lora:beta:1>", host)
+    assert found == [(name, folder / f"{name}.safetensors") for name in ("zeta", "Alpha", "beta")]
+    with pytest.raises(SpecError, match="no LoRA called 'twin'"):  # two have it, and the host takes neither
+        in_prompt("<lora:twin:1>", host)
+
+    def listing() -> None:
+        networks.available_networks["fresh"] = types.SimpleNamespace(filename=str(folder / "fresh.safetensors"))
+
+    networks.list_available_networks = listing
+    values, _ = rows_of("<lora:fresh:0.25>", host)
+    assert values[0]["value"] == "fresh" and values[1] == 0.25
 
 
 def test_without_the_lora_extension_its_folders_are_listed(webui) -> None:

@@ -58,6 +58,9 @@ def _read(text: str, host: Host) -> list[Any]:
 def rows_of(text: str, host: Host) -> tuple[list[Any], list[str]]:
     """What the components of all rows are to hold, and what there is to say. SpecError if the rows cannot hold it."""
     read, files = in_prompt(text, host)
+    if not {name for name, _ in files} <= {*host.loras()}:  # a file that the host's list does not have yet
+        host.refresh()
+        read, files = in_prompt(text, host)
     if len(files) > ROWS:
         raise SpecError(f"The prompt has {len(files)} LoRAs, and there are {ROWS} rows.", hint="Leave it as a prompt.")
     with_dyn = next((mention for mention in read.loras if mention.dyn is not None), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePath
 
 from ...errors import HypermergeError, SpecError
@@ -52,7 +53,7 @@ def in_prompt(prompt: str, host: Host, folder: str | None = None) -> tuple[Read,
     """
     read = prompts.read(prompt)
     files = host.find_loras(_ALL if host.loras() else folder or ".")
-    found = {mention.name: _find(mention.name, files) for mention in read.loras}
+    found = {mention.name: _find(mention.name, files, host) for mention in read.loras}
     missing = [name for name, file in found.items() if file is None]
     if missing:
         raise _unknown(missing, files, folder)
@@ -65,10 +66,12 @@ def stem(name: str) -> str:
     return path.stem if path.suffix.lower() in CHECKPOINT_SUFFIXES else path.name
 
 
-def _find(name: str, files: dict[str, Path]) -> tuple[str, Path] | None:
+def _find(name: str, files: dict[str, Path], host: Host) -> tuple[str, Path] | None:
     if name in files:
         return name, files[name]
     found = [(listed, path) for listed, path in files.items() if stem(path.name) == name]
+    if not found:
+        found = _known_to(host, name, files)
     if not found:
         found = [(listed, path) for listed, path in files.items() if _alias(path) == name]
     if len(found) > 1:
@@ -79,10 +82,29 @@ def _find(name: str, files: dict[str, Path]) -> tuple[str, Path] | None:
     return found[0] if found else None
 
 
+def _known_to(host: Host, name: str, files: dict[str, Path]) -> list[tuple[str, Path]]:
+    """What a host that has a list of LoRAs makes of a name that is not in it: a WebUI knows aliases."""
+    if not host.loras():
+        return []
+    try:
+        meant = host.resolve_lora(name)
+    except SpecError:
+        return []
+    return [(listed, path) for listed, path in files.items() if path == meant][:1]
+
+
 def _alias(path: Path) -> str | None:
     """What a file calls itself; None if it does not, or cannot be read."""
-    if path.suffix.lower() != ".safetensors":
+    try:
+        now = path.stat()
+    except OSError:
         return None
+    return _stored_alias(path, now.st_mtime_ns, now.st_size) if path.suffix.lower() == ".safetensors" else None
+
+
+@lru_cache(maxsize=1 << 14)
+def _stored_alias(path: Path, changed: int, size: int) -> str | None:
+    """changed, size: of the file as it is now; a list of many is asked again at every key that is pressed."""
     try:
         with open_tensors(path) as file:
             return file.metadata.get("ss_output_name")
