@@ -40,7 +40,7 @@ from torch import nn
 from lib_hypermerge.adapters import families
 from lib_hypermerge.errors import Cancelled
 from lib_hypermerge.hosts.standalone import PathHost
-from lib_hypermerge.jobs import extract_families
+from lib_hypermerge.jobs import extract_costs
 from lib_hypermerge.jobs.extract_spec import ExtractSpec
 from lib_hypermerge.jobs.host import Context
 from lib_hypermerge.jobs.runner import execute
@@ -315,11 +315,11 @@ def test_the_best_is_what_made_the_change(tmp_path, pair, kind):
 
 
 def test_it_is_judged_on_a_sample_where_all_would_take_long(tmp_path, pair, monkeypatch):
-    monkeypatch.setattr(extract_families, "_BUDGET", 0)
+    monkeypatch.setattr(extract_costs, "SAMPLE", 0)
     answer = extract(*pair("lokr"), tmp_path / "o", "--family", "best", *TEXT)
-    assert answer["families_measured"] == {"layers": extract_families._LEAST_LAYERS, "of": 72}  # noqa: SLF001
+    assert answer["families_measured"] == {"layers": extract_costs.LEAST_LAYERS, "of": 72}
     assert answer["family"] == "lokr" and answer["modules"] == 72
-    assert max(row["layers"] for row in answer["families"]) <= extract_families._LEAST_LAYERS  # noqa: SLF001
+    assert max(row["layers"] for row in answer["families"]) <= extract_costs.LEAST_LAYERS
     text = run_cli([a for a in extract_arguments(*pair("lokr"), tmp_path / "t", "--family", "best", *TEXT)
                     if a != "--json"]).stdout  # fmt: skip
     assert "compared on 16 of 72 layers" in text and "less than a LoRA of its size" in text

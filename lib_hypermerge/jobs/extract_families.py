@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from . import extract_costs
 from .extract_fits import FamilyWork, kept
 from .extract_layers import Fit, LayerResult
 from .extract_plan import ExtractPlan
 from .extract_spec import DORA, LOHA, LOKR, LORA, RIVALS
-from .pairing import Pair
 
 # what LyCORIS would be asked for such a network
 LYCORIS = {
@@ -22,9 +22,6 @@ LYCORIS = {
     LOHA: {"algo": "loha"},
     LOKR: {"algo": "lokr"},
 }
-# What a sample costs at most, in weights × rank, where that leaves enough layers. Measured: on one core, all
-# families together take some 8 s for 1e9 of them.
-_BUDGET, _LEAST_LAYERS = 4e9, 16
 _MARGIN = 0.01  # of the error: what a family has to be closer by to take the place of LoRA, which everything reads
 
 
@@ -36,14 +33,12 @@ class FamilySums:
     error2: float = 0.0
     rival2: float = 0.0
     nbytes: int = 0
-    layers: int = 0
     wins: int = 0
 
     def add(self, fit: Fit) -> None:
         self.error2 += fit.error2
         self.rival2 += fit.rival2
         self.nbytes += fit.nbytes
-        self.layers += 1
         self.wins += fit.family == self.family
 
     @property
@@ -108,13 +103,7 @@ def compare(
                 nonfinite.append(result.pair.key)
             elif result.fits is not None:
                 found.add(result)
-                used += cost(plan, result.pair)
-                if used > _BUDGET and found.measured >= _LEAST_LAYERS:
+                used += extract_costs.drawn(result.pair, plan.fixed_rank(result.pair))
+                if used > extract_costs.SAMPLE and found.measured >= extract_costs.LEAST_LAYERS:
                     break
     return found, nonfinite
-
-
-def cost(plan: ExtractPlan, pair: Pair) -> float:
-    """Weights × rank, to which the time of all families is about proportional."""
-    n, k = pair.tuned.matrix_shape
-    return float(n * k * plan.fixed_rank(pair))

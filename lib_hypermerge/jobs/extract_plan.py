@@ -14,6 +14,7 @@ from ..files.writer import check_target
 from ..layouts.dialects import diffusers
 from ..layouts.module import CONV, Model, Module
 from ..layouts.opening import open_checkpoint
+from . import extract_costs
 from .extract_spec import BEST, DORA, LOHA, LOKR, LORA, SVDIFF, ExtractSpec
 from .host import Host
 from .pairing import Pair, Pairing, pair
@@ -99,15 +100,20 @@ class ExtractPlan:
         from .devices import slowness
 
         low = device == "cpu" and svd.native_bf16()
-        rule, seconds = self.spec.rank_rule, 0.0
-        for p in self.layers:
-            a, b = sorted(p.tuned.matrix_shape)
+        rule = self.spec.rank_rule
+
+        def decomposition(pair: Pair, rank: int) -> float:
+            a, b = sorted(pair.tuned.matrix_shape)
             if rule == "cumulative" or self.spec.family == SVDIFF:  # all singular values, in float64
-                seconds += 3 * svd.cost(a, b, a, False, "exact")
-                continue
+                return 3 * svd.cost(a, b, a, False, "exact")
+            return svd.cost(a, b, rank, low, self.spec.method) * (1.5 if rule == "size" else 1)
+
+        def rank_of(pair: Pair) -> int:
             # how far ratio and energy must look is known only then; four times the usual rank is a guess
-            rank = self.fixed_rank(p) if rule == "fixed" else min(_USUAL_CAP, self.largest_rank(p))
-            seconds += svd.cost(a, b, rank, low, self.spec.method) * (1.5 if rule == "size" else 1)
+            return self.fixed_rank(pair) if rule == "fixed" else min(_USUAL_CAP, self.largest_rank(pair))
+
+        family = LORA if self.spec.family == SVDIFF else self.spec.family
+        seconds = extract_costs.seconds(family, self.layers, rank_of, decomposition)
         read = sum(2 * p.tuned.weight.nbytes for p in self.layers if p.tuned.weight) / 2e9
         if device != "cpu":
             return seconds / 20 + read
