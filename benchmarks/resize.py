@@ -25,8 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"making {source}")
         conv = ["--conv"] if options.conv else []
         run([sys.executable, HERE / "resize_files.py", options.model, str(options.from_rank), source, *conv], 2)
-    results: dict[str, Any] = {"model": options.model, "from": options.from_rank, "to": options.rank,
-                               "threads": options.threads, "machine": machine(), "bytes": source.stat().st_size}  # fmt: skip
+    results: dict[str, Any] = {
+        "model": options.model, "from": options.from_rank, "to": options.rank, "threads": options.threads,
+        "machine": machine(), "bytes": source.stat().st_size,
+    }  # fmt: skip
     if results["machine"]["load"] > 0.3:
         _say(f"warning: the machine is busy (load {results['machine']['load']}): times will be too long")
     ours = []
@@ -92,7 +94,8 @@ def _report(results: dict[str, Any]) -> None:
           f"{own['inside_median']:.2f}, {own['peak_mib']:.0f} MiB; misses {results['misses']:.2%}")  # fmt: skip
     if naive := results.get("naive"):
         print(f"full SVDs        {naive['seconds']:9.0f} s, projected from one timing of each of {naive['shapes']} "
-              f"shapes{naive.get('note', '')}: ours is {naive['seconds'] / own['wall_median']:.0f} times faster")  # fmt: skip
+              f"shapes{naive.get('note', '')}: ours is {naive['seconds'] / own['wall_median']:.0f} "
+              "times faster")  # fmt: skip
     for script in results["scripts"]:
         if "failed" in script:
             print(f"{script['script']} failed: {script['failed']}")

@@ -41,10 +41,11 @@ def refit(adapter: Dora, W: torch.Tensor, goal: torch.Tensor, rank: int, dtype: 
         return _change(made[-1], W.shape)
 
     fit = dora.fit(W, goal, truncate, axis)
+    assert fit is not None  # there is no target
     results = []
-    for factors, change in ((made[0], _change(made[0], W.shape)), (made[1 + fit.turn], fit.change)):
-        m = dora.magnitudes(W + change, goal, axis).to(stored.dtype)
-        results.append(Refitted(factors, m, dora.missed(W + change, m.to(W.dtype), goal, axis)))
+    for factors, V in ((made[0], W + _change(made[0], W.shape)), (made[1 + fit.turn], fit.V)):
+        m = dora.magnitudes(V, goal, axis).to(stored.dtype)
+        results.append(Refitted(factors, m, dora.missed(V, m.to(W.dtype), goal, axis)))
     best = min(results, key=lambda one: one.error2)
     if not best.magnitudes.isfinite().all():
         raise NumericalError("The magnitudes of a DoRA cannot be fitted.", "They come out as NaN or Inf.",
