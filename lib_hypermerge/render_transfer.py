@@ -71,7 +71,8 @@ def of_lora(lora: dict[str, Any]) -> str:
     if lora["apart"] is not None and lora["apart"] > 0:
         parts.append(f"{percent(lora['apart'])} away from a copy (norm)")
     if lora["relative_error"]:
-        parts.append(f"rank and rounding cost {percent(lora['relative_error'])} (norm)")
+        cost = percent(lora["relative_error"])
+        parts.append(f"rank and rounding cost {cost} of the change that was carried over (norm)")
     return "; ".join(parts)
 
 
@@ -82,4 +83,5 @@ def _similarity(part: dict[str, Any]) -> str:
     lowest = sorted(known.items(), key=lambda item: item[1])[:_SHOWN]
     worst = ", ".join(f"{block} {two_digits(value)}" for block, value in lowest)
     least = two_digits(part["least"])
-    return f"{two_digits(part['similarity'])} in {part['layers']} layers, least {least}; lowest blocks {worst}"
+    of = "" if part["compared"] == part["layers"] else f" of {part['layers']}"
+    return f"{two_digits(part['similarity'])} in {part['compared']}{of} layers, least {least}; lowest blocks {worst}"

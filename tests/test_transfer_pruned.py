@@ -290,6 +290,10 @@ def test_where_nothing_can_be_compared_cross_must_be_forced(sd15, wide, tmp_path
     assert not (tmp_path / "new.safetensors").exists()
     report = transfer(*command, "--force")
     assert report["actions"] == {"mapped": 354} and report["layers_compared"] < 5
+    parts = report["components"].values()
+    assert sum(part["compared"] for part in parts) == report["layers_compared"]
+    assert sum(part["layers"] for part in parts) == len(report["layers"]) == 354
+    assert sum(block["compared"] for part in parts for block in part["blocks"].values()) == report["layers_compared"]
     shapes = {m.name: m.matrix_shape for m in files.layers("sd15", 16) if files.linear_or_conv(m)}
     made = files.deltas(load_file(tmp_path / "new.safetensors"))
     assert {name: tuple(delta.shape) for name, delta in made.items()} == shapes

@@ -100,6 +100,27 @@ def test_no_layer_above_the_least_similarity(refused, models, tmp_path):
     assert error["code"] == "nothing_changed" and "below the least similarity" in error["why"]
 
 
+@pytest.mark.parametrize("part", ["lora_up.weight", "alpha"])
+def test_a_lora_that_changes_nothing(models, tmp_path, part):
+    style = load_file(models / "style.safetensors")
+    zero = {k: t * 0 if k.endswith(part) else t for k, t in style.items()}
+    files.save(tmp_path / "zero.safetensors", zero)
+    for more in (("--method", "copy"), ("--method", "prolora"), ("--method", "lora-x", "--threshold", 1)):
+        error = refusal(tmp_path / "zero.safetensors", models / "source.safetensors", models / "target.safetensors",
+                        tmp_path / "new", *more)  # fmt: skip
+        assert error["code"] == "nothing_changed" and error["what"] == "zero.safetensors changes nothing."
+        assert "similarity" not in error["hint"] and set(listing(tmp_path)) == {"zero.safetensors"}
+
+
+def test_modules_that_are_zero_are_counted(models, tmp_path):
+    style = load_file(models / "style.safetensors")
+    first = next(k for k in style if k.endswith("lora_up.weight"))
+    files.save(tmp_path / "some.safetensors", style | {first: style[first] * 0})
+    report = transfer(tmp_path / "some.safetensors", models / "source.safetensors", models / "target.safetensors",
+                      tmp_path / "new")  # fmt: skip
+    assert report["skipped_because"] == {"zero as it is": 1} and report["skipped"] == 1
+
+
 def test_a_lora_of_layers_that_the_target_lacks(models, tmp_path):
     small = {k: w for k, w in load_file(models / "target.safetensors").items() if "middle_block" not in k}
     save_checkpoint(tmp_path / "small.safetensors", small)

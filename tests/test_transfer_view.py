@@ -28,8 +28,8 @@ def report(loras: int = 1, **more: Any) -> Report:
     ]  # fmt: skip
     blocks = {"unet": ["IN01", "MID"], "te": ["L00"]}
     components = {
-        name: {"layers": 4 * len(own), "similarity": 0.79, "least": 0.4,
-               "blocks": {block: {"layers": 4, "similarity": 0.79, "least": 0.4} for block in own}}
+        name: {"layers": 4 * len(own), "compared": 3 * len(own), "similarity": 0.79, "least": 0.4,
+               "blocks": {block: {"layers": 4, "compared": 3, "similarity": 0.79, "least": 0.4} for block in own}}
         for name, own in blocks.items()
     }  # fmt: skip
     parts = [
@@ -60,7 +60,8 @@ def report(loras: int = 1, **more: Any) -> Report:
 def test_the_view_shows_files_similarity_actions_and_prompt():
     shown = report_html(report(), "job")
     for part in ("new-0.safetensors</b> (1.0 MiB)", "similarity Φ of 0.79", "&lt;lora:new-0:1&gt;", "one note",
-                 "6 projected, 3 copied", "7 no layer in the target", "97.5 %", "60.0 %", "16.0 %", "0←1, 1←none; of 3",
+                 "6 projected, 3 copied", "7 no layer in the target", "97.5 %", "60.0 %", "16.0 %", "<td>0.03 %</td>",
+                 "0←1, 1←none; of 3",
                  "a &amp; b.safetensors", "style&lt;0&gt;.safetensors", "SHA-256 of new-0.safetensors"):  # fmt: skip
         assert part in shown, part
     assert shown.count('<img class="hypermerge-picture"') == 1
@@ -93,9 +94,11 @@ def test_the_sentence_on_what_can_be_hoped_for():
 
 def test_words_of_the_terminal():
     lines = text(report())
-    assert any(line.startswith("similarity in unet: 0.79 in 8 layers, least 0.40") for line in lines)
+    assert any(line.startswith("similarity in unet: 0.79 in 6 of 8 layers, least 0.40") for line in lines)
     assert "blocks of unet.input.2: 0←1, 1←none; of 3, by similarity" in lines
     assert any("energy retained in what was carried over 97.5 %, of all 60.0 %" in line for line in lines)
+    assert any(line.endswith("rank and rounding cost 0.03 % of the change that was carried over (norm)")
+               for line in lines)  # fmt: skip
     unknown = report()
     for part in unknown.details["components"].values():
         part["similarity"] = part["least"] = None

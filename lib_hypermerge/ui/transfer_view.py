@@ -32,10 +32,11 @@ def _loras(report: Report) -> str:
     for lora in report.details["loras"]:
         cells = [
             lora["name"], counts(lora["actions"]), counts(lora["skipped_because"]), _share(lora["retained"]),
-            _share(lora["arrived"]), _share(lora["apart"]),
+            _share(lora["arrived"]), _share(lora["apart"]), _share(lora["relative_error"]),
         ]  # fmt: skip
         body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
-    heads = ("LoRA", "modules", "left out", "energy retained", "of the whole LoRA", "away from a copy (norm)")
+    heads = ("LoRA", "modules", "left out", "energy retained", "of the whole LoRA", "away from a copy (norm)",
+             "lost by rank and rounding (norm)")  # fmt: skip
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f'<table class="hypermerge-table"><tr>{head}</tr>{body}</table>'
 

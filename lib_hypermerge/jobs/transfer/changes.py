@@ -43,6 +43,11 @@ class Change:
         """‖ΔW‖²_F."""
         return 0.0 if self.low is None else norm(self.low) ** 2
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing."""
+        return self.energy == 0 and (self.bias is None or not bool(self.bias.any()))
+
 
 def read_change(lora: LoraInput, uses: Sequence[Use], weight: torch.Tensor) -> Change:
     """The change of a layer's weight (n, …), float32, by all modules of a LoRA that have rows of it.

@@ -15,12 +15,12 @@ from ..devices import whole_float32
 from ..host import Context, Host
 from ..report import Output, Report
 from ..workers import map_in_order, plan_workers
-from .layers import COPIED, MAPPED, Carried, LayerWork
+from .layers import COPIED, MAPPED, NO_LAYER, Carried, LayerWork
 from .matching import Matcher
-from .measure import NO_LAYER, WRITTEN, Measures, ratio
+from .measure import WRITTEN, Measures, ratio, root
 from .pairing import GUESS
 from .plan import Layout, TransferPlan
-from .planning import make_plan
+from .planning import changes_nothing, make_plan
 from .relation import UNRELATED, refuse_strangers, sample_first
 from .spec import CROSS, LORA_X, TransferSpec
 from .writing import Files
@@ -83,16 +83,18 @@ class _Transfer:
     def _lose(self, layout: Layout) -> None:
         """What has no layer in the target is measured too, so that the report can tell how much that is."""
         lost = [(i, key, uses) for i, table in layout.lost.items() for key, uses in table.items()]
-        energies = self._map(lambda item: self.work.energy(item[0], item[2]), lost)
-        for (i, key, _), energy in zip(lost, energies, strict=True):
-            self.measures.loras[i].lose(key.split(".", 1)[0], energy)
+        found = self._map(lambda item: self.work.lose(item[0], item[2]), lost)
+        for (i, key, _), moved in zip(lost, found, strict=True):
+            self.measures.loras[i].lose(key.split(".", 1)[0], moved)
 
     # --- refusals ---------------------------------------------------------------------------------
 
     def _refuse(self) -> None:
         """Models that are not alike, and results without a layer."""
         refuse_strangers(self.plan, self.measures.known, complete=True)
-        for path, lora in zip(self.plan.outputs, self.measures.loras, strict=True):
+        for path, lora, file in zip(self.plan.outputs, self.measures.loras, self.plan.loras, strict=True):
+            if lora.is_zero:
+                raise changes_nothing(file)
             if not lora.modules:
                 why = ", ".join(f"{count} {why}" for why, count in lora.actions.items())
                 raise UnchangedError(
@@ -135,11 +137,11 @@ class _Transfer:
         if len(written) == 1:
             details["prompt"] = f"<lora:{self.plan.outputs[0].stem}:1>"
         sums = [lora.total for lora in measures.loras]
-        error = ratio(sum(s.error2 for s in sums), sum(s.kept for s in sums))
+        error = root(ratio(sum(s.error2 for s in sums), sum(s.energy for s in sums)))
         computed = sum(count for action, count in actions.items() if action != COPIED) or any(s.error2 for s in sums)
         return Report(
             "transfer", [Output(str(w.path), w.bytes, w.sha256) for w in written],
-            error**0.5 if computed and error is not None else None, sum(actions.values()), sum(skipped.values()),
+            error if computed else None, sum(actions.values()), sum(skipped.values()),
             skipped[NO_LAYER], self.warnings, time.perf_counter() - self.plan.begun, details,
         )  # fmt: skip
 

@@ -20,8 +20,9 @@ from .plan import Task, TransferPlan, key_of
 from .spec import COPY, CROSS, KEEP, LORA_X
 
 COPIED, PROJECTED, MAPPED = "copied", "projected", "mapped"
-DISSIMILAR, OTHER_SIZE, NOTHING, OTHER_KIND = (
-    "below the least similarity", "of another size", "nothing left", "of another kind",
+DISSIMILAR, OTHER_SIZE, NOTHING, OTHER_KIND, ZERO, NO_LAYER = (
+    "below the least similarity", "of another size", "nothing left", "of another kind", "zero as it is",
+    "no layer in the target",
 )  # fmt: skip
 
 
@@ -30,7 +31,8 @@ class Moved:
     """What became of one LoRA's change of a layer. action: one of the first three, or why it is left out.
 
     energy: ‖ΔW_s‖².  kept: ‖ΔW_t‖².  error2: what rank and rounding took of that.  apart: ‖ΔW_t − ΔW_s‖², None
-    where sizes differ.  lost_bias: a change of a bias that the target's layer has no place for.
+    where sizes differ.  lost_bias: a change of a bias that the target's layer has no place for.  is_zero: it changes
+    nothing in the source either.
     """
 
     action: str
@@ -40,6 +42,7 @@ class Moved:
     error2: float = 0.0
     apart: float | None = None
     lost_bias: bool = False
+    is_zero: bool = False
 
 
 @dataclass
@@ -90,10 +93,15 @@ class LayerWork:
                 out.moved[i] = self._project(i, uses, task, weight, source_d, target_d)
         return out
 
-    def energy(self, number: int, uses: list[Use]) -> float:
-        """‖ΔW_s‖² of what a LoRA has for a layer that goes nowhere."""
-        weight = read_weight(self.plan.source, uses[0][1].module)
-        return read_change(self.plan.loras[number], uses, weight).energy if weight.dim() > 1 else 0.0
+    def lose(self, number: int, uses: list[Use]) -> Moved:
+        """What a LoRA has for a layer that goes nowhere."""
+        return self._left_out(number, uses, read_weight(self.plan.source, uses[0][1].module), NO_LAYER)
+
+    def _left_out(self, number: int, uses: list[Use], weight: torch.Tensor, why: str) -> Moved:
+        if weight.dim() < 2:
+            return Moved(why)
+        change = read_change(self.plan.loras[number], uses, weight)
+        return Moved(ZERO if change.is_zero else why, energy=change.energy, is_zero=change.is_zero)
 
     def _copies(self, task: Task) -> bool:
         """Whether the whole space is spanned, so that nothing is projected."""
@@ -106,7 +114,7 @@ class LayerWork:
         lora = self.plan.loras[number]
         is_layer = weight.dim() > 1
         if action != COPIED:
-            return Moved(action, energy=read_change(lora, uses, weight).energy if is_layer else 0.0)
+            return self._left_out(number, uses, weight, action)
         tensors = verbatim(lora, uses, self.spec.rank, self.dtype, equal)
         if tensors is None and not is_layer:
             return Moved(OTHER_KIND)
@@ -115,7 +123,7 @@ class LayerWork:
         if tensors is None:
             assert change is not None
             return self._computed(COPIED, change, change.low, task, uses)
-        out = Moved(COPIED, tensors, energy, energy, apart=0.0)
+        out = Moved(COPIED, tensors, energy, energy, apart=0.0, is_zero=change is not None and change.is_zero)
         if BIAS in tensors and not _takes_bias(task.partner.target, tensors[BIAS]):
             del tensors[BIAS]
             out.lost_bias = True
@@ -144,6 +152,8 @@ class LayerWork:
         """New factors for a change that is given as a product."""
         entry, target = uses[0][0], task.partner.target
         dtype, tensors = self.dtype or change.dtype, {}
+        if change.is_zero:
+            return Moved(ZERO, is_zero=True)
         out = Moved(action, tensors, change.energy)
         if low is not None:
             kept = factored.norm(low) ** 2

@@ -10,7 +10,6 @@ from typing import Any
 from .layers import COPIED, MAPPED, PROJECTED, Carried, Moved
 from .plan import key_of
 
-NO_LAYER = "no layer in the target"
 WRITTEN = (COPIED, PROJECTED, MAPPED)
 
 
@@ -35,6 +34,11 @@ class Sums:
             self.apart += moved.apart
             self.comparable += moved.energy
 
+    @property
+    def relative_error(self) -> float | None:
+        """What rank and rounding took, relative to the change that was carried over: √(Σ error²/Σ ‖ΔW_s‖²)."""
+        return root(ratio(self.error2, self.energy))
+
     def to_json(self) -> dict[str, float | None]:
         """retained: ‖ΔW_t‖²/‖ΔW_s‖² of the layers that were carried over.  arrived: the same of all that the LoRA
         changes.  apart: ‖ΔW_t − ΔW_s‖/‖ΔW_s‖, how far it is from a copy, where sizes agree."""
@@ -54,18 +58,26 @@ class OfLora:
     components: dict[str, Sums] = field(default_factory=lambda: defaultdict(Sums))
     blocks: dict[tuple[str, str], Sums] = field(default_factory=lambda: defaultdict(Sums))
     lost_biases: int = 0
+    zeros: int = 0  # modules that change nothing in the source
 
     def add(self, component: str, block: str, moved: Moved) -> None:
         self.actions[moved.action] += 1
         self.lost_biases += moved.lost_bias
+        self.zeros += moved.is_zero
         for sums in (self.total, self.components[component], self.blocks[component, block]):
             sums.add(moved)
 
-    def lose(self, component: str, energy: float) -> None:
+    def lose(self, component: str, moved: Moved) -> None:
         """A change that has no layer in the target."""
-        self.actions[NO_LAYER] += 1
+        self.actions[moved.action] += 1
+        self.zeros += moved.is_zero
         for sums in (self.total, self.components[component]):
-            sums.whole += energy
+            sums.add(moved)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing of it changes anything."""
+        return self.zeros == sum(self.actions.values())
 
     @property
     def modules(self) -> int:
@@ -128,14 +140,14 @@ class Measures:
             components[component] = sums.to_json() | {"blocks": {block: s.to_json() for block, s in own.items()}}
         return {
             "modules": lora.modules, "actions": written, "skipped_because": skipped, **lora.total.to_json(),
-            "relative_error": root(ratio(lora.total.error2, lora.total.kept)), "components": components,
+            "relative_error": lora.total.relative_error, "components": components,
         }  # fmt: skip
 
 
 def _of(layers: list[dict[str, Any]]) -> dict[str, Any]:
     known = [layer["similarity"] for layer in layers if layer["similarity"] is not None]
     return {
-        "layers": len(layers), "similarity": math.fsum(known) / len(known) if known else None,
+        "layers": len(layers), "compared": len(known), "similarity": math.fsum(known) / len(known) if known else None,
         "least": min(known, default=None),
     }  # fmt: skip
 

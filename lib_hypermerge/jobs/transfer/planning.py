@@ -112,8 +112,19 @@ def _foreseen(plan: TransferPlan, choice: Choice) -> Chosen:
     return Chosen(spread(len(choice.target), len(choice.source)), PLACE)
 
 
+def changes_nothing(lora: LoraInput) -> UnchangedError:
+    """The error for a LoRA whose modules are all zero."""
+    return UnchangedError(
+        f"{lora.path.name} changes nothing.", "All that it has for these models is zero, or has the alpha 0.",
+        "Choose another LoRA.",
+    )  # fmt: skip
+
+
 def _refuse_nothing(plan: TransferPlan) -> None:
     layers = [task for task in plan.layout.tasks if task.partner.target.kind in LORA_KINDS]
+    for lora, uses in zip(plan.loras, plan.uses, strict=True):
+        if lora.idle and not uses:
+            raise changes_nothing(lora)
     if not layers:
         raise LayoutError(
             "The LoRAs change no layer that the target base has.",
