@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from pathlib import Path
 
 import convert_files as files
@@ -13,6 +14,10 @@ from adapter_samples import SAMPLES, Dice
 from models import base_weights, cast, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transfer_models import noisy, transfer
+
+from lib_hypermerge.jobs.adapter_inputs import family_of
+from lib_hypermerge.layouts.adapter_file import open_adapter
+from lib_hypermerge.words import counts
 
 FAMILY, DIVISOR = "sd15", 16
 FACTORS = ("lora", "locon_cp", "loha", "loha_cp", "lokr", "lokr_full")
@@ -56,6 +61,13 @@ def made_of(kind: str, path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return path, changes
 
 
+def others(lora: Path) -> dict[str, int]:
+    """A file's modules that are no plain LoRAs, by what they are."""
+    with open_adapter(lora) as file:
+        titles = [family_of(file, entry).title for entry in file.entries.values()]
+    return Counter(title for title in titles if title != "LoRA")
+
+
 def off(made: dict[str, torch.Tensor], goal: dict[str, torch.Tensor]) -> float:
     error = sum(float((made[name] - goal[name]).square().sum()) for name in goal)
     return (error / sum(float(delta.square().sum()) for delta in goal.values())) ** 0.5
@@ -81,10 +93,13 @@ def test_what_depends_on_the_weights_becomes_a_plain_lora_of_the_sources_change(
     assert {key.split(".", 1)[1] for key in made} == {"lora_up.weight", "lora_down.weight", "alpha"}
     assert off(files.deltas(made), changes) < 1e-5
     assert report["actions"] == {"copied": 4}
+    assert report["loras"][0]["became_plain"] == others(lora)
     small = transfer(lora, folder / "source.safetensors", folder / "target.safetensors", tmp_path / "small",
                      "--method", "copy", "--rank", 2, "--dtype", "fp32")  # fmt: skip
     missed = off(files.deltas(load_file(tmp_path / "small.safetensors")), changes)
     assert small["relative_error"] == small["loras"][0]["relative_error"] == pytest.approx(missed, rel=1e-3)
+    told = f"{counts(others(lora))} modules became plain LoRAs of rank up to 2, of"
+    assert any(told in warning and "--rank" in warning for warning in small["warnings"])
     assert small["loras"][0]["retained"] == pytest.approx(1 - missed**2, rel=1e-3)
 
 
@@ -93,7 +108,7 @@ def test_where_the_weights_are_equal_every_family_is_copied_as_it_is(folder, tmp
     lora, _ = made_of(kind, tmp_path / "in.safetensors")
     report = transfer(lora, folder / "source.safetensors", folder / "same.safetensors", tmp_path / "out")
     assert files.same_bits(load_file(tmp_path / "out.safetensors"), load_file(lora))
-    assert report["layers_equal"] == 4
+    assert report["layers_equal"] == 4 and report["loras"][0]["became_plain"] == {} and report["warnings"] == []
 
 
 @pytest.mark.parametrize("kind", [*FACTORS, "full", *NEED_WEIGHT])
@@ -177,8 +192,9 @@ def test_a_file_of_diffusers_becomes_kohyas_for_the_target(folder, tmp_path):
             for mine, theirs in (("lora_A", "lora_down"), ("lora_B", "lora_up")):
                 tensors[f"{name}.{mine}.weight"] = kohya[f"{module.name}.{theirs}.weight"]
     save_file(tensors, tmp_path / "diffusers.safetensors")
-    transfer(tmp_path / "diffusers.safetensors", folder / "source.safetensors", folder / "target.safetensors",
+    report = transfer(tmp_path / "diffusers.safetensors", folder / "source.safetensors", folder / "target.safetensors",
              tmp_path / "out", "--method", "copy")  # fmt: skip
+    assert "diffusers.safetensors: its names (those of diffusers) become kohya's, in one file." in report["warnings"]
     made = files.deltas(load_file(tmp_path / "out.safetensors"))
     assert off(made, files.deltas(kohya)) == 0 and len(made) == 4
 

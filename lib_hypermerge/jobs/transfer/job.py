@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import UnchangedError
 from ...files.unnamed import Written
-from ...words import two_digits
+from ...words import counts, two_digits
 from ..devices import whole_float32
 from ..host import Context, Host
 from ..report import Output, Report
@@ -159,6 +159,11 @@ class _Transfer:
                 self.warnings.append(
                     f"{lora['name']}: {100 * retained:.0f} % of the change (squared) were kept; the rest lies outside "
                     f"the leading directions.{instead}"
+                )
+            if own.became_plain:
+                self.warnings.append(
+                    f"{lora['name']}: {counts(own.became_plain)} modules became plain LoRAs of rank up to "
+                    f"{own.largest_rank}, of what they change in the source; the largest rank (--rank) limits that."
                 )
             if own.lost_biases:
                 self.warnings.append(f"{lora['name']}: {own.lost_biases} changes of biases have no place; left out.")

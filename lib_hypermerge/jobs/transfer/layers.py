@@ -32,7 +32,8 @@ class Moved:
 
     energy: ‖ΔW_s‖².  kept: ‖ΔW_t‖².  error2: what rank and rounding took of that.  apart: ‖ΔW_t − ΔW_s‖², None
     where sizes differ.  lost_bias: a change of a bias that the target's layer has no place for.  is_zero: it changes
-    nothing in the source either.
+    nothing in the source either.  was, rank: the family of modules that became a plain LoRA of this rank; None for
+    what stayed what it was.
     """
 
     action: str
@@ -43,6 +44,8 @@ class Moved:
     apart: float | None = None
     lost_bias: bool = False
     is_zero: bool = False
+    was: str | None = None
+    rank: int = 0
 
 
 @dataclass
@@ -122,7 +125,7 @@ class LayerWork:
         energy = 0.0 if change is None else change.energy
         if tensors is None:
             assert change is not None
-            return self._computed(COPIED, change, change.low, task, uses)
+            return self._computed(COPIED, number, change, change.low, task, uses)
         out = Moved(COPIED, tensors, energy, energy, apart=0.0, is_zero=change is not None and change.is_zero)
         if BIAS in tensors and not _takes_bias(task.partner.target, tensors[BIAS]):
             del tensors[BIAS]
@@ -143,12 +146,14 @@ class LayerWork:
             low = methods.lora_x(change.low, self._spanned(target))
         else:
             low = methods.prolora(change.low, self._spanned(source), self._spanned(target))
-        return self._computed(PROJECTED if task.same_size else MAPPED, change, low, task, uses)
+        return self._computed(PROJECTED if task.same_size else MAPPED, number, change, low, task, uses)
 
     def _spanned(self, found: Directions) -> Directions:
         return found.first(found.count(self.spec.energy))
 
-    def _computed(self, action: str, change: Change, low: LowRank | None, task: Task, uses: list[Use]) -> Moved:
+    def _computed(
+        self, action: str, number: int, change: Change, low: LowRank | None, task: Task, uses: list[Use]
+    ) -> Moved:
         """New factors for a change that is given as a product."""
         entry, target = uses[0][0], task.partner.target
         dtype, tensors = self.dtype or change.dtype, {}
@@ -167,7 +172,9 @@ class LayerWork:
             assert target.weight is not None and change.low is not None
             named = plain.tensors("", factors.up, factors.down, target.weight.shape)
             tensors |= {name.removeprefix("."): tensor for name, tensor in named}
-            out.kept, out.error2 = kept, factors.error2
+            out.kept, out.error2, out.rank = kept, factors.error2, factors.up.shape[1]
+            families = (self.plan.loras[number].families[entry.key] for entry, _ in uses)
+            out.was = next((family.title for family in families if family.family != "lora"), None)
             if task.same_size:
                 minus = replace(change.low, scale=-change.low.scale)
                 out.apart = factored.norm(factored.weighted_sum(((1.0, low), (1.0, minus)))) ** 2

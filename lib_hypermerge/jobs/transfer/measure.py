@@ -59,11 +59,16 @@ class OfLora:
     blocks: dict[tuple[str, str], Sums] = field(default_factory=lambda: defaultdict(Sums))
     lost_biases: int = 0
     zeros: int = 0  # modules that change nothing in the source
+    became_plain: Counter[str] = field(default_factory=Counter)  # by what they were
+    largest_rank: int = 0  # of those
 
     def add(self, component: str, block: str, moved: Moved) -> None:
         self.actions[moved.action] += 1
         self.lost_biases += moved.lost_bias
         self.zeros += moved.is_zero
+        if moved.was is not None:
+            self.became_plain[moved.was] += 1
+            self.largest_rank = max(self.largest_rank, moved.rank)
         for sums in (self.total, self.components[component], self.blocks[component, block]):
             sums.add(moved)
 
@@ -141,6 +146,7 @@ class Measures:
         return {
             "modules": lora.modules, "actions": written, "skipped_because": skipped, **lora.total.to_json(),
             "relative_error": lora.total.relative_error, "components": components,
+            "became_plain": dict(lora.became_plain),
         }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ...errors import LayoutError, SpecError, UnchangedError
 from ...files.writer import check_room, check_target
 from ...layouts.adapter_file import Entry, Target
+from ...layouts.dialects import parts
 from ...layouts.module import LORA_KINDS, Model
 from ...layouts.opening import open_checkpoint
 from ..adapter_inputs import LoraInput, open_lora
@@ -144,6 +145,9 @@ def _refuse_nothing(plan: TransferPlan) -> None:
 def _gather_warnings(plan: TransferPlan) -> None:
     for lora in plan.loras:
         plan.warnings += lora.warnings
+        if lora.file.dialect not in (parts.KOHYA, parts.LYCORIS):
+            old = lora.file.dialect
+            plan.warnings.append(f"{lora.path.name}: its names (those of {old}) become kohya's, in one file.")
         left = len(lora.file.embeddings) - len(plan.embeddings(lora))
         if left:
             plan.warnings.append(
