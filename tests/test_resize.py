@@ -1,10 +1,12 @@
 """Resized LoRAs against full SVDs of the whole change, for every family; ladders, sizes, filling up."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from adapter_samples import SAMPLES
-from convert_files import load, lora, same_bits, save, texts
+from adapter_samples import SAMPLES, Dice
+from convert_files import convert, layers, linear_or_conv, load, lora, same_bits, save, some, texts
 from models import base_weights, save_checkpoint
 from resize_files import best, chosen, deltas, distance, resize, sample, wanted
 
@@ -231,3 +233,64 @@ def test_norms_biases_and_embeddings_go_along(tmp_path):
     assert same_bits({k: made[k] for k in more}, more)
     with open_adapter(tmp_path / "b.safetensors") as file:
         assert not file.unknown
+
+
+@pytest.mark.parametrize("family", ["loha", "lokr", "full", "lora"])
+def test_numbers_keep_their_format_and_a_size_is_kept_to_for_every_family(tmp_path, family):
+    tensors = {}
+    for i, module in enumerate(m for m in layers("sd15", 8) if linear_or_conv(m)):
+        parts, _ = SAMPLES[family](tuple(module.weight.shape), Dice(i))
+        tensors |= {f"{module.name}.{part}": t.clone() for part, t in parts.items()}
+        if i == 40:
+            break
+    source = save(tmp_path / "a.safetensors", tensors)
+    resize("--lora", source, "--out", tmp_path / "b", "--rank", 2)
+    assert {t.dtype for k, t in load(tmp_path / "b.safetensors").items() if ".lora_" in k} == {torch.float16}
+    target = 0.9 * (tmp_path / "b.safetensors").stat().st_size
+    resize("--lora", source, "--out", tmp_path / "s", "--rank-rule", "size", "--rank-target", target / 2**20)
+    assert 0.98 * target <= (tmp_path / "s.safetensors").stat().st_size <= target
+
+
+def test_a_size_is_kept_to_where_a_dialect_keeps_q_k_and_v_apart(tmp_path):
+    source = save(tmp_path / "a.safetensors", lora("flux_dev", rank=lambda i: 8))
+    convert(source, tmp_path / "d", "--to", "diffusers")
+    other = tmp_path / "d.safetensors"
+    target = 0.5 * source.stat().st_size
+    answer = resize("--lora", other, "--to", "kohya", "--out", tmp_path / "s", "--rank-rule", "size",
+                    "--rank-target", target / 2**20)  # fmt: skip
+    assert 0.98 * target <= (tmp_path / "s.safetensors").stat().st_size <= target
+    assert not any("below the target" in warning for warning in answer["warnings"])
+
+
+@pytest.mark.parametrize("other", ["dora_input", "full"])
+def test_methods_are_compared_on_what_all_can_do(tmp_path, checkpoint, other):
+    plain, _ = sample("lora")
+    mixed, _ = sample(other)
+    keys = [m.name for m in chosen()]
+    tensors = {k: t for k, t in plain.items() if k.split(".")[0] in keys[:2]}
+    tensors |= {k: t for k, t in mixed.items() if k.split(".")[0] in keys[2:]}
+    source = save(tmp_path / "a.safetensors", tensors)
+    answer = resize("--lora", source, "--out", tmp_path / "b", "--rank", 2, "--checkpoint", checkpoint, "--dry-run",
+                    "--method", "sparse")  # fmt: skip
+    result = answer["files"][0]["results"][0]
+    errors, expected = result["errors"], result["expected"]
+    assert errors["svd"] <= errors["rsvd"] * (1 + 1e-6) < errors["random"]
+    for kind in ("random", "sparse"):
+        assert errors[kind] == pytest.approx(expected[kind], rel=0.6)
+    assert any("DoRA modules were cut along singular" in w for w in answer["warnings"]) == (other == "dora_input")
+
+
+def test_trainers_that_go_on_with_a_filled_file_are_told_its_alphas(tmp_path):
+    source = save(tmp_path / "a.safetensors", lora("sd15", rank=lambda i: 4, alpha=lambda i: 2.0))
+    resize("--lora", source, "--out", tmp_path / "b", "--rank", 8, "--fill")
+    made, told = load(tmp_path / "b.safetensors"), texts(tmp_path / "b.safetensors")
+    assert {float(t) for k, t in made.items() if k.endswith("alpha")} == {4.0}
+    assert told["ss_network_dim"] == "8" and told["ss_network_alpha"] == "4"
+    assert json.loads(told["ss_network_args"]).get("conv_alpha", "4") == "4"
+
+
+def test_a_lora_of_zeros_is_said_to_change_nothing(tmp_path):
+    tensors = lora("sd15", rank=lambda i: 4, only=some)
+    source = save(tmp_path / "a.safetensors", {k: torch.zeros_like(t) if "up" in k else t for k, t in tensors.items()})
+    answer = resize("--lora", source, "--out", tmp_path / "b", "--rank", 2)
+    assert any("changes nothing" in warning for warning in answer["warnings"])

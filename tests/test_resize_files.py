@@ -110,6 +110,7 @@ def test_recipe_and_texts_tell_where_it_comes_from(tmp_path):
         (["--rank", "16,4"], "above that of a.safetensors, 8"),
         (["--rank", "0"], "between 1 and 4096"),
         (["--rank", "4,4"], "twice"),
+        (["--rank", "4,2", "--rank-rule", "energy", "--rank-target", "0.5"], "chooses them itself"),
         (["--rank", "x"], "invalid whole number"),
         (["--rank-rule", "energy"], "needs a target"),
         (["--rank-rule", "energy", "--rank-target", "1.5"], "above 0 and at most 1"),
@@ -133,9 +134,9 @@ def test_refusals_about_names(folder):
     a, b = folder / "in" / "a.safetensors", folder / "in" / "people" / "b.safetensors"
     assert "No LoRA was named" in refusal("--out", folder / "out" / "x")["what"]
     assert "cannot all become" in refusal("--lora", a, b, "--out", folder / "out" / "x", "--rank", 2)["what"]
-    assert "would both become" in refusal(
-        "--lora", a, folder / "in", "--pattern", f"{folder}/in/../in/a.safe*", "--out", f"{folder}/out/{{name}}",
-        "--rank", 2)["what"]  # fmt: skip
+    assert "No LoRA matches" in refusal("--lora", f"{folder}/none*", "--out", f"{folder}/out/{{name}}")["what"]
+    assert "stands for nothing" in refusal("--lora", a, "--out", f"{folder}/out/{{nam}}", "--rank", 2)["what"]
+    assert "names a folder" in refusal("--lora", a, "--out", f"{folder}/out/", "--rank", 2)["what"]
     assert "No LoRA matches" in refusal("--pattern", f"{folder}/none/*", "--out", f"{folder}/out/{{name}}")["what"]
     assert "replace the file" in refusal("--lora", a, "--out", a, "--rank", 2, "--overwrite")["what"]
     resize("--lora", a, "--out", folder / "out" / "x", "--rank", 2)
@@ -240,3 +241,34 @@ def test_a_killed_batch_leaves_no_file(folder, monkeypatch, steps):
     assert killed(lambda: execute(VERBS["resize"], spec, PathHost(1), Context()))
     assert names(folder / "out") == ["a-2.safetensors"]
     assert (folder / "out" / "a-2.safetensors").read_bytes() == b"mine"
+
+
+def test_names_that_cannot_be_are_rows_of_their_own_and_hidden_files_are_passed_over(folder):
+    inside = folder / "in"
+    (inside / "._a.safetensors").write_bytes(b"what macOS leaves")
+    save(inside / "we:ird.safetensors", lora("sd15", rank=lambda i: 8, seed=5))
+    (inside / "more").mkdir()
+    save(inside / "more" / "a.safetensors", lora("sd15", rank=lambda i: 8, seed=6))
+    code, answer = run("--lora", inside, "--out", f"{folder}/out/{{name}}", "--rank", 4)
+    assert code == 1 and names(folder / "out") == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    said = {row["name"].rsplit("/", 1)[1]: row["error"]["what"] for row in answer["failed"]}
+    assert "cannot be a file name" in said["we:ird.safetensors"]
+    assert "would both become" in said["a.safetensors"]
+
+
+def test_a_size_beyond_what_there_is_asks_for_no_disk(tmp_path):
+    source = save(tmp_path / "a.safetensors", lora("sd15", rank=lambda i: 4))
+    answer = resize("--lora", source, "--out", tmp_path / "b", "--rank-rule", "size", "--rank-target", "1e9")
+    assert any("below the target" in warning for warning in answer["warnings"])
+    assert (tmp_path / "b.safetensors").stat().st_size < 1.1 * source.stat().st_size
+
+
+def test_headers_are_as_large_as_they_need_to_be(tmp_path):
+    source = save(tmp_path / "a.safetensors", lora("sd15", rank=lambda i: 4))
+    answer = resize("--lora", source, "--out", tmp_path / "b", "--rank", 2)
+    written = tmp_path / "b.safetensors"
+    room = int.from_bytes(written.read_bytes()[:8], "little")
+    used = len(written.read_bytes()[8 : 8 + room].rstrip())
+    assert room - used < 0.15 * room
+    preview = resize("--lora", source, "--out", tmp_path / "c", "--rank", 2, "--dry-run")
+    assert preview["files"][0]["results"][0]["bytes"] == pytest.approx(answer["outputs"][0]["bytes"], rel=1e-3)

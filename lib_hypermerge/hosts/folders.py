@@ -79,6 +79,8 @@ def _walk(folder: Path, is_one: Callable[[Path], bool], above: frozenset[Path] =
 
 
 def _is_model(file: Path, pieces: tuple[str, ...]) -> bool:
+    if file.name.startswith("."):  # hidden, such as what macOS leaves beside a file
+        return False
     if file.name.endswith(_SHARDS):
         return True
     return file.suffix.lower() in CHECKPOINT_SUFFIXES and not (pieces and file.name.startswith(pieces))

@@ -58,6 +58,8 @@ class PathHost:
 
     def lora_output(self, name: str) -> Path:
         path = Path(name)
+        if name.endswith(("/", "\\")):
+            raise SpecError(f"{name} names a folder.", hint=f"Give the file a name too: {name}my-style.")
         file_stem(path.name)
         return path.with_name(_SUFFIX.sub("", path.name) + ".safetensors")
 

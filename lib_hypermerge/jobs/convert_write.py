@@ -50,6 +50,7 @@ class Tally:
     widened: bool = False
     ranks: dict[str, int] = field(default_factory=dict)
     conv_ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
     strange: list[str] = field(default_factory=list)
 
     def count(self, name: str, module: Module | None, tensors: Tensors) -> None:
@@ -57,6 +58,7 @@ class Tally:
         if DOWN in tensors:
             is_conv = module is not None and module.kind == CONV
             (self.conv_ranks if is_conv else self.ranks)[name] = len(tensors[DOWN])
+            self.alphas[name] = float(tensors[ALPHA].item()) if ALPHA in tensors else float(len(tensors[DOWN]))
 
 
 class Sink(Protocol):
@@ -88,7 +90,7 @@ def open_sink(plan: AdapterPlan, tally: Tally, run: Run, reserve: int | None = N
 
 def _metadata(plan: AdapterPlan, tally: Tally, notes: Notes | None = None) -> dict[str, str]:
     more = {} if notes is None else {"restore": notes.to_json()}
-    return lora_texts(plan, tally.ranks, tally.conv_ranks, **more)
+    return lora_texts(plan, tally.ranks, tally.conv_ranks, tally.alphas, **more)
 
 
 class _KohyaFile:

@@ -112,7 +112,7 @@ class Spec:
         checked = {}
         for field in fields(cls):
             value = values.get(field.name)
-            if value is None or value == "":
+            if value is None or value == "" or (known[field.name].optional and value in ([], ())):
                 if field.default is dataclasses.MISSING:
                     raise SpecError(f"{field.name!r} is missing.", hint=known[field.name].help)
                 if field.name in values and not known[field.name].optional:

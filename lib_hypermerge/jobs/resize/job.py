@@ -17,6 +17,7 @@ from ...files.dtypes import ITEMSIZE
 from ...files.together import publish_together
 from ...files.unnamed import UnnamedFile, Written
 from ..convert_plan import AdapterPlan
+from ..convert_spec import KOHYA
 from ..convert_units import CARRY, Out
 from ..convert_write import Sink, Tally, open_sink
 from ..extract_measure import Measures
@@ -26,9 +27,11 @@ from ..workers import map_in_order, plan_workers
 from . import size
 from .plan import Facts, ResizePlan, make_plan, open_plan, rungs
 from .spec import RANDOM, SIZE, SPARSE, SVD, ResizeSpec
-from .work import Choose, Made, ResizeWork
+from .work import REFITTED, Choose, Made, ResizeWork
 
 __all__ = ["ResizeSpec", "make_plan", "run"]
+
+_ROOM = 1024  # bytes of header beyond what is expected
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Result:
     errors: Counter[str] = field(default_factory=Counter)  # squared, by method
     expected: Counter[str] = field(default_factory=Counter)
     methods: Counter[str] = field(default_factory=Counter)
+    compared: float = 0.0
+    header: int = 0
     bytes: int = 0
     written: list[Written] = field(default_factory=list)
 
@@ -55,6 +60,7 @@ class Result:
             sums = self.measures.blocks["other", "-"]
             sums[0] += rung.error2
             sums[1] += rung.energy
+        self.compared += rung.compared
         self.errors.update(rung.errors)
         self.expected.update(rung.expected)
         self.methods.update(rung.methods)
@@ -63,12 +69,14 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         m = self.measures
         ranks = Counter([*self.tally.ranks.values(), *self.tally.conv_ranks.values()])
-        share = (lambda error2: math.sqrt(max(error2, 0.0) / m.energy)) if m.energy > 0 else (lambda error2: 0.0)
+
+        def share(error2: float) -> float:
+            return math.sqrt(max(error2, 0.0) / self.compared) if self.compared > 0 else 0.0
+
         return {
             "file": self.path.name,
             "rank": self.rank or None,
-            "bytes": self.written[0].bytes if len(self.written) == 1 else sum(w.bytes for w in self.written)
-            or self.bytes,
+            "bytes": sum(w.bytes for w in self.written) or self.header + self.bytes,
             "relative_error": m.relative_error,
             "methods": dict(self.methods),
             "errors": {method: share(error2) for method, error2 in self.errors.items()},
@@ -126,11 +134,14 @@ class _Resizing:
 
     def _one(self, facts: Facts, checkpoint: Path | None) -> None:
         with open_plan(self.spec, facts.path, facts.outputs, checkpoint) as plan, contextlib.ExitStack() as stack:
-            choose, reserve, spare = None, None, False
-            if self.spec.rank_rule == SIZE:
-                choose, reserve, spare = self._allot(plan)
+            choose, spare = None, False
             results = [Result(path, rank) for path, rank in zip(facts.outputs, self.spec.rungs, strict=True)]
-            sinks = self._sinks(plan, results, reserve, stack)
+            if self.spec.rank_rule == SIZE:
+                choose, results[0].header, spare = self._allot(plan)
+            elif plan.spec.to == KOHYA:
+                for result in results:
+                    result.header = size.header(plan, size.most_ranks(self.spec, plan, result.rank)) + _ROOM
+            sinks = self._sinks(plan, results, stack)
             left_out: list[str] = []
             for made in self._made(plan, choose, facts):
                 left_out += made.strange
@@ -148,15 +159,13 @@ class _Resizing:
         self.results.append(results)
         self.rows.append(self._row(facts, plan, results, spare, left_out))
 
-    def _sinks(
-        self, plan: AdapterPlan, results: list[Result], reserve: int | None, stack: contextlib.ExitStack
-    ) -> list[Sink]:
+    def _sinks(self, plan: AdapterPlan, results: list[Result], stack: contextlib.ExitStack) -> list[Sink]:
         if self.spec.preview:
             return [_Nowhere(result.tally) for result in results]
         run = partial(self._map, bytes_each=0)
         own = rungs(self.spec, plan, [result.path for result in results])
         return [
-            stack.enter_context(open_sink(each, result.tally, run, reserve))
+            stack.enter_context(open_sink(each, result.tally, run, result.header or None))
             for each, result in zip(own, results, strict=True)
         ]
 
@@ -203,6 +212,11 @@ class _Resizing:
         warnings = list(facts.warnings)
         if spare:
             warnings.append("Every module has all the rank it can use: the file stays below the target size.")
+        if all(result.measures.energy == 0 and not result.methods[REFITTED] for result in results):
+            warnings.append("It changes nothing: the product of its factors is zero in every module.")
+        if self.spec.method != SVD and any(result.methods[REFITTED] for result in results):
+            warnings.append(f"{max(r.methods[REFITTED] for r in results)} DoRA modules were cut along singular "
+                            "directions: the other methods are for plain changes, and are compared on these alone.")
         if strange:
             warnings.append(f"{len(strange)} modules hold NaN or Inf, as they did before, such as {strange[0]}.")
         if plan.verbatim:
@@ -218,7 +232,7 @@ class _Resizing:
             "architecture": facts.architecture,
             "dialect": facts.dialect,
             "families": facts.families,
-            "bytes": facts.path.stat().st_size if facts.path.is_file() else facts.bytes_to_read,
+            "bytes": sum(path.stat().st_size for path in _files(facts.path)),
             "rank": facts.largest,
             "modules": facts.modules,
             "left_out": {what: len(keys) for what, keys in plan.left_out.items()},
@@ -234,7 +248,7 @@ class _Resizing:
             "files": rows, "failed": failures, "preview": self.spec.preview, "method": self.spec.method,
             "rank_rule": self.spec.rank_rule, "device": "cpu",
         }  # fmt: skip
-        if written and single and written[0].path.suffix == ".safetensors":
+        if written and single and self.results[0][0].path.suffix == ".safetensors":
             details["prompt"] = f"<lora:{written[0].path.stem}:1>"
         left = sum(sum(row["left_out"].values()) for row in rows)
         return Report(
@@ -243,6 +257,11 @@ class _Resizing:
             sum(result.tally.modules for results in self.results for result in results), left, 0, self.warnings,
             time.perf_counter() - self.plan.begun, details, exit_code=1 if self.failed else 0,
         )  # fmt: skip
+
+
+def _files(path: Path) -> list[Path]:
+    """A LoRA's file, or those of a folder."""
+    return [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
 
 
 class _Nowhere:

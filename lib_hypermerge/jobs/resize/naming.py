@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from ...errors import MissingError, SpecError
+from ...errors import HypermergeError, MissingError, SpecError
 from ..host import Host
 from .spec import FIXED, NAME, RANK, ResizeSpec
 
@@ -19,7 +20,7 @@ def find(spec: ResizeSpec, host: Host) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in (*spec.loras, *([spec.pattern] if spec.pattern else ())):
         many = host.find_loras(name)
-        if not many and name == spec.pattern:
+        if not many and (name == spec.pattern or "*" in name or "?" in name):
             raise MissingError(
                 f"No LoRA matches {name!r}.", hint="Give a folder of the list, or a pattern such as people/*."
             )
@@ -33,8 +34,16 @@ def find(spec: ResizeSpec, host: Host) -> dict[str, Path]:
     return found
 
 
-def outputs(spec: ResizeSpec, found: dict[str, Path], host: Host) -> dict[str, list[Path]]:
-    """Per LoRA where each rung's result goes. SpecError if two results would have one name, or a name is none."""
+def outputs(
+    spec: ResizeSpec, found: dict[str, Path], host: Host, failed: dict[str, HypermergeError]
+) -> dict[str, list[Path]]:
+    """Per LoRA where each rung's result goes. SpecError if the template makes no names.
+
+    failed: gets the LoRAs of a batch of which the name is none for a file, or that of another's result.
+    """
+    strange = [word for word in re.findall(r"\{.*?\}", spec.out) if word not in (NAME, RANK)]
+    if strange:
+        raise SpecError(f"{strange[0]} stands for nothing in a name.", hint=f"There are {NAME} and {RANK}.")
     if len(found) > 1 and NAME not in spec.out:
         raise SpecError(
             f"{len(found)} LoRAs cannot all become {spec.out!r}.",
@@ -43,19 +52,22 @@ def outputs(spec: ResizeSpec, found: dict[str, Path], host: Host) -> dict[str, l
     template = spec.out
     if RANK not in template and len(spec.rungs) > 1:
         template = f"{template.removesuffix('.safetensors')}-{RANK}"
-    made = {
-        name: [host.lora_output(template.replace(NAME, _stem(path)).replace(RANK, _rung(spec, rank)))
-               for rank in spec.rungs]
-        for name, path in found.items()
-    }  # fmt: skip
+    made: dict[str, list[Path]] = {}
     places: dict[Path, str] = {}
-    for name, paths in made.items():
-        for path in paths:
-            if path in places:
-                raise SpecError(
-                    f"{places[path]} and {name} would both become {path.name}.", hint="Resize them one by one."
-                )
-            places[path] = name
+    for name, path in found.items():
+        try:
+            own = [host.lora_output(template.replace(NAME, _stem(path)).replace(RANK, _rung(spec, rank)))
+                   for rank in spec.rungs]  # fmt: skip
+            other = next((places[place] for place in own if place in places), None)
+            if other is not None:
+                raise SpecError(f"{other} and {name} would both become {own[0].name}.", hint="Resize it alone.")
+        except SpecError as error:
+            if len(found) == 1:
+                raise
+            failed[name] = error
+            continue
+        made[name] = own
+        places |= dict.fromkeys(own, name)
     return made
 
 

@@ -10,7 +10,7 @@ from ...adapters.adapter import BIAS, Adapter, Shape
 from ...adapters.lora import MID, UP
 from ...adapters.swapped import swap
 from ...algebra.factored import LowRank
-from ..convert_restore import Tensors
+from ..convert_restore import ALPHA, Tensors
 from ..convert_units import Out, Source, Unit
 
 
@@ -18,29 +18,27 @@ from ..convert_units import Out, Source, Unit
 class Piece:
     """A module of the output. shape: of the rows of the weight that it changes.  change: factors, or (n, k) float32.
 
-    stored: the tensors that it has already, where it is a plain LoRA under a name of its own.  beside: what goes
-    along as it is, such as a bias.
+    dtype: of the numbers in the file that it comes from.  stored: the tensors that it has already, where it is a plain
+    LoRA under a name of its own.  beside: what goes along as it is, such as a bias.
     """
 
     out: Out
     shape: Shape
     change: LowRank | torch.Tensor
+    dtype: torch.dtype
     stored: Tensors | None = None
     beside: Tensors = field(default_factory=dict)
 
     @property
     def own_rank(self) -> int:
         """The directions that the change can have, by sizes alone."""
-        n, k = len(self.whole_or_up), self.columns
-        return min(n, k, self.change.rank) if isinstance(self.change, LowRank) else min(n, k)
+        return min(*self.size, self.change.rank) if isinstance(self.change, LowRank) else min(self.size)
 
     @property
-    def whole_or_up(self) -> torch.Tensor:
-        return self.change.up if isinstance(self.change, LowRank) else self.change
-
-    @property
-    def columns(self) -> int:
-        return self.change.down.shape[1] if isinstance(self.change, LowRank) else self.change.shape[1]
+    def size(self) -> tuple[int, int]:
+        """(n, k)."""
+        change = self.change
+        return (len(change.up), change.down.shape[1]) if isinstance(change, LowRank) else (len(change), change.shape[1])
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,16 @@ class Told:
     source: Source
     tensors: Tensors
     change: LowRank | torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return stored_dtype(self.tensors)
+
+
+def stored_dtype(tensors: Tensors) -> torch.dtype:
+    """The widest 16- or 32-bit number format among a module's tensors but alpha; float32 where there is none."""
+    found = [t.dtype for part, t in tensors.items() if part not in (ALPHA, "scale") and t.is_floating_point()]
+    return max((dtype for dtype in found if dtype.itemsize in (2, 4)), key=lambda d: d.itemsize, default=torch.float32)
 
 
 def told(source: Source, tensors: Tensors, adapter: Adapter, weight: torch.Tensor) -> Told:
@@ -70,7 +78,8 @@ def arrange(unit: Unit, made: list[Told]) -> list[Piece]:
         if alone and first.source.swapped == wanted.swapped:
             beside = {BIAS: first.tensors[BIAS]} if BIAS in first.tensors else {}
             plain = UP in first.tensors and MID not in first.tensors and first.source.family.family == "lora"
-            out.append(Piece(wanted, first.source.shape, first.change, first.tensors if plain else None, beside))
+            stored = first.tensors if plain else None
+            out.append(Piece(wanted, first.source.shape, first.change, first.dtype, stored, beside))
         else:
             out.append(_joined(own, wanted))
     return out
@@ -102,7 +111,9 @@ def _joined(own: list[Told], wanted: Out) -> Piece:
         for goal, bias in biases:
             whole[goal] = bias
         beside = {BIAS: swap(whole) if wanted.swapped else whole}
-    return Piece(wanted, (n, *first.source.shape[1:]), _swapped(change) if wanted.swapped else change, None, beside)
+    dtype = max((one.dtype for one in own), key=lambda d: d.itemsize)
+    change = _swapped(change) if wanted.swapped else change
+    return Piece(wanted, (n, *first.source.shape[1:]), change, dtype, None, beside)
 
 
 def _assembled(parts: list[tuple[slice, LowRank | torch.Tensor]], n: int) -> LowRank | torch.Tensor:

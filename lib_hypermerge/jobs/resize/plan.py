@@ -110,10 +110,12 @@ def make_plan(spec: ResizeSpec, host: Host) -> ResizePlan:
     """Look at every LoRA. Raises SpecError, FormatError, LayoutError or OutputError; of a batch only if no LoRA
     can be resized, or if the results cannot be written."""
     found = naming.find(spec, host)
-    targets = naming.outputs(spec, found, host)
     plan = ResizePlan(spec, [])
+    targets = naming.outputs(spec, found, host, plan.failed)
     checkpoint = None if spec.checkpoint is None else host.resolve_checkpoint(spec.checkpoint)
     for name, path in found.items():
+        if name in plan.failed:
+            continue
         try:
             with open_plan(spec, path, targets[name], checkpoint) as own:
                 _check_targets(spec, own, targets[name], [*found.values(), *([checkpoint] if checkpoint else [])], host)
@@ -284,9 +286,8 @@ def _facts(spec: ResizeSpec, name: str, plan: AdapterPlan, outputs: Sequence[Pat
 
 
 def _size(spec: ResizeSpec, plan: AdapterPlan, rung: int) -> int:
-    """A result's size: the target, or about what the ranks take, at most where the rule chooses them."""
-    if spec.rank_rule == SIZE:
-        return int((spec.rank_target or 0) * 2**20)
+    """A result's size: about what the ranks take, at most where the rule chooses them, or the target."""
+    most = int((spec.rank_target or 0) * 2**20) if spec.rank_rule == SIZE else None
     total = 4096 + sum(info.nbytes for _, info in plan.embeddings.values())
     for unit in plan.units:
         is_conv = unit.module.kind == CONV
@@ -299,4 +300,4 @@ def _size(spec: ResizeSpec, plan: AdapterPlan, rung: int) -> int:
             rank = wanted if spec.fill else min(wanted, own_rank(source))
             total += tensor_bytes(rank, *flat(source.shape), plan.itemsize(infos[0].dtype))
         total += _HEADER_BYTES * len(unit.written)
-    return total
+    return total if most is None else min(total, most)

@@ -15,7 +15,8 @@ from ..convert_plan import AdapterPlan
 from ..convert_spec import KOHYA
 from ..convert_units import CARRY, REFIT
 from ..convert_write import embedding_name
-from .ranks import Spectrum, by_size
+from .plan import own_rank
+from .ranks import Spectrum, asked, by_size
 from .spec import ResizeSpec
 from .work import Choose
 
@@ -33,12 +34,23 @@ def allot(spec: ResizeSpec, plan: AdapterPlan, found: Sequence[tuple[str, Spectr
             hint="Choose kohya's dialect, or another rank rule.",
         )
     largest = {name: max(1, len(one.S)) for name, one in found}
-    overhead = 8 + _header(plan, largest) + _carried(plan)
+    overhead = 8 + header(plan, largest) + _carried(plan)
     ranks = dict(zip([name for name, _ in found], by_size(spec, [one for _, one in found], overhead), strict=True))
-    reserve = _header(plan, ranks)
+    reserve = header(plan, ranks)
     budget = math.floor((spec.rank_target or 0) * 2**20)
     taken = 8 + reserve + _carried(plan) + sum(ranks[name] * one.cost for name, one in found)
     return (lambda name, _: [ranks[name]]), reserve, taken < 0.98 * budget
+
+
+def most_ranks(spec: ResizeSpec, plan: AdapterPlan, rung: int) -> dict[str, int]:
+    """The largest rank that each module of a result can have, by its name."""
+    found = {}
+    for unit in plan.units:
+        if unit.how != CARRY:
+            wanted = asked(spec, rung, unit.module.kind == CONV) if rung else 10**4
+            own = sum(map(own_rank, unit.sources))
+            found |= dict.fromkeys((out.name for out in unit.written), wanted if spec.fill else min(wanted, own))
+    return found
 
 
 def _carried(plan: AdapterPlan) -> int:
@@ -54,7 +66,7 @@ def _carried(plan: AdapterPlan) -> int:
     return total
 
 
-def _header(plan: AdapterPlan, ranks: dict[str, int]) -> int:
+def header(plan: AdapterPlan, ranks: dict[str, int]) -> int:
     """The header's size if the modules have these ranks, or an upper bound close to it."""
     offset = 10 ** len(str(plan.bytes_at(None)))
     entries: dict[str, dict] = {}
@@ -80,6 +92,8 @@ def _header(plan: AdapterPlan, ranks: dict[str, int]) -> int:
             if unit.how == REFIT:
                 entry(f"{out.name}.dora_scale", (10**6, 10**6, 1, 1))
             for source in unit.sources:
+                if "scale" in source.entry.parts:
+                    entry(f"{out.name}.scale", ())
                 if {"diff_b", "lora_up.bias"} & source.entry.parts.keys():
                     entry(f"{out.name}.diff_b", (10**6,))
     for one in plan.verbatim:

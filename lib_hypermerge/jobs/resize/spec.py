@@ -140,6 +140,10 @@ class ResizeSpec(Spec):
         check_rule(self.rank_rule, self.rank_target)
         if len(set(self.rank)) < len(self.rank):
             raise SpecError("A rank was given twice.", f"Got {', '.join(map(str, self.rank))}.")
+        if len(self.rank) > 1 and self.rank_rule != FIXED:
+            raise SpecError(
+                "Several ranks were given, and a rank rule that chooses them itself.", hint="Leave one of the two out."
+            )
         if len(self.rank) > MOST_RANKS:
             raise SpecError(f"More than {MOST_RANKS} ranks were given.", f"Got {len(self.rank)}.")
 

@@ -27,11 +27,13 @@ from ..convert_modules import ModuleWork, alpha_tensor, damaged
 from ..convert_plan import AdapterPlan
 from ..convert_restore import ALPHA, Tensors
 from ..convert_units import CARRY, REFIT, Out, Source, Unit
-from .pieces import Piece, arrange, told
+from .pieces import Piece, arrange, stored_dtype, told
 from .plan import stays
 from .ranks import Spectrum, asked, by_spectrum
 from .refit import refit
 from .spec import FIXED, RANDOM, RSVD, SPARSE, SVD, ResizeSpec
+
+REFITTED = "magnitudes fitted anew"
 
 # a module of the result (by its name) and its spectrum → the rank for each rung
 Choose = Callable[[str, Spectrum], list[int]]
@@ -54,12 +56,16 @@ class Spectral(Protocol):
 
 @dataclass
 class Rung:
-    """What came of a layer at one rank. error2, energy: of the change.  errors: by method, where it was measured, and
-    expected of it.  methods: one for each module."""
+    """What came of a layer at one rank. error2, energy: of the change.  methods: one for each module.
+
+    errors, expected: what each method misses, and is expected to; of compared, the energy of the modules of which all
+    methods could be measured.
+    """
 
     outputs: list[tuple[Out, Tensors]] = field(default_factory=list)
     error2: float = 0.0
     energy: float = 0.0
+    compared: float = 0.0
     errors: dict[str, float] = field(default_factory=dict)
     expected: dict[str, float] = field(default_factory=dict)
     methods: list[str] = field(default_factory=list)
@@ -122,9 +128,12 @@ class ResizeWork(ModuleWork):
             for source, wanted in zip(unit.sources, unit.written, strict=True):
                 low = self._inner(source, self._sound(unit, source)).low_rank(torch.float64)
                 assert low is not None
-                found.append((wanted.name, self._spectrum(core_of(low), low.up, low.down.shape[1], is_conv, low.rank)))
+                found.append((wanted.name, self._spectrum_of_dora(low, is_conv)))
             return found
-        return [(piece.out.name, self._spectrum_of(piece, is_conv)) for piece in self._pieces(unit)]
+        return [
+            (piece.out.name, self._spectrum(piece, self._spectral(piece, is_conv), is_conv))
+            for piece in self._pieces(unit)
+        ]
 
     def other(self, entry: Entry) -> Made:
         """A module that no layer answers to: resized if it is a plain LoRA, else as it is."""
@@ -139,7 +148,8 @@ class ResizeWork(ModuleWork):
         assert low is not None
         shape = (len(low.up), *tensors[DOWN].shape[1:])
         beside = {k: t for k, t in tensors.items() if k == BIAS}
-        self._piece(Piece(name, shape, low, tensors, beside), len(shape) == 4 and shape[2:] != (1, 1), out)
+        piece = Piece(name, shape, low, stored_dtype(tensors), tensors, beside)
+        self._piece(piece, len(shape) == 4 and shape[2:] != (1, 1), out)
         return out
 
     # --- modules of the result --------------------------------------------------------------------------------------
@@ -166,18 +176,19 @@ class ResizeWork(ModuleWork):
         most = piece.own_rank if everything else min(piece.own_rank, max(self._wanted(is_conv)))
         return _Whole(piece.change, most, everything)
 
-    def _spectrum_of(self, piece: Piece, is_conv: bool) -> Spectrum:
-        return self._spectrum(self._spectral(piece, is_conv), piece.whole_or_up, piece.columns, is_conv, piece.own_rank)
+    def _spectrum(self, piece: Piece, core: Spectral, is_conv: bool) -> Spectrum:
+        cost = sum(piece.size) * (self.dtype or piece.dtype).itemsize
+        return Spectrum(core.S, core.rank, cost, is_conv, piece.own_rank)
 
-    def _spectrum(self, core: Spectral, up: torch.Tensor, columns: int, is_conv: bool, own: int) -> Spectrum:
-        cost = (len(up) + columns) * (self.dtype or up.dtype).itemsize
-        return Spectrum(core.S, core.rank, cost, is_conv, own)
+    def _spectrum_of_dora(self, low: LowRank, is_conv: bool) -> Spectrum:
+        """Of what magnitudes are put on."""
+        core, dtype = core_of(low), self.dtype or stored_dtype({UP: low.up, DOWN: low.down})
+        return Spectrum(core.S, core.rank, (len(low.up) + low.down.shape[1]) * dtype.itemsize, is_conv, low.rank)
 
     def _piece(self, piece: Piece, is_conv: bool, out: Made) -> None:
         with _naming(piece.out.name):
             core = self._spectral(piece, is_conv)
-            ranks = self.choose(piece.out.name, self._spectrum(core, piece.whole_or_up, piece.columns, is_conv,
-                                                               piece.own_rank))  # fmt: skip
+            ranks = self.choose(piece.out.name, self._spectrum(piece, core, is_conv))
             for rung, wanted, rank in zip(out.rungs, self._wanted(is_conv), ranks, strict=True):
                 self._rung(piece, core, rank, wanted, rung)
 
@@ -213,24 +224,21 @@ class ResizeWork(ModuleWork):
         for other in dict.fromkeys(methods):
             if other != method:
                 errors[other] = 0.0 if keeps else self._factors_by(other, piece, core, rank).error2
+        rung.compared += core.energy
         rung.add(rung.errors, errors)
-        if isinstance(piece.change, LowRank):
-            rung.add(rung.expected, {
-                kind: 0.0 if keeps else projecting.expected_error2(piece.change, rank, kind == SPARSE)
-                for kind in (RANDOM, SPARSE) if kind in errors
-            })  # fmt: skip
+        rung.add(rung.expected, {
+            kind: 0.0 if keeps else projecting.expected_error2(_factored(piece.change), rank, kind == SPARSE)
+            for kind in (RANDOM, SPARSE) if kind in errors
+        })  # fmt: skip
 
     def _factors_by(self, method: str, piece: Piece, core: Spectral, rank: int) -> Factors:
-        dtype, change = self._dtype_of(piece.whole_or_up), piece.change
+        dtype, change = self.dtype or piece.dtype, piece.change
         if method == SVD or (method == RSVD and not isinstance(change, LowRank)):
             return core.factors(rank, dtype)
-        low = change if isinstance(change, LowRank) else _trivially(change)
+        low = _factored(change)
         if method == RSVD:
             return projecting.randomised(low, rank, dtype, self._seed(piece))
         return projecting.random_projection(low, rank, dtype, self._seed(piece), sparse=method == SPARSE)
-
-    def _dtype_of(self, stored: torch.Tensor) -> torch.dtype:
-        return self.dtype or (stored.dtype if stored.dtype.itemsize in (2, 4) else torch.float32)
 
     def _seed(self, piece: Piece) -> int:
         return (self.asked.seed + zlib.crc32(piece.out.name.encode())) % (1 << 62)
@@ -264,13 +272,12 @@ class ResizeWork(ModuleWork):
         W = self._weight(unit, source, torch.float64)
         goal = W + adapter.change(W)
         energy = float((goal - W).square().sum())
-        ranks = self.choose(wanted.name, self._spectrum(core_of(low), low.up, low.down.shape[1], is_conv, low.rank))
+        ranks = self.choose(wanted.name, self._spectrum_of_dora(low, is_conv))
         for rung, rank, full in zip(out.rungs, ranks, self._wanted(is_conv), strict=True):
             rung.energy += energy
-            fitted = refit(adapter, W, goal, rank, self._dtype_of(tensors[UP]))
+            fitted = refit(adapter, W, goal, rank, self.dtype or stored_dtype(tensors))
             rung.error2 += fitted.error2
-            rung.add(rung.errors, {self.asked.method: fitted.error2})
-            rung.methods.append("magnitudes fitted anew")
+            rung.methods.append(REFITTED)
             made = self._factors(source, fitted.factors) | {SCALE: fitted.magnitudes}
             made |= {k: v for k, v in tensors.items() if k == BIAS}
             rung.outputs.append((wanted, _filled(made, full, 0) if self.asked.fill else made))
@@ -287,8 +294,10 @@ def _naming(module: str) -> Iterator[None]:
         raise NumericalError(f"{module}: {error.what}", error.why, error.hint) from None
 
 
-def _trivially(change: torch.Tensor) -> LowRank:
-    """As a product with the unit matrix of the shorter side: random directions of what a whole matrix has."""
+def _factored(change: LowRank | torch.Tensor) -> LowRank:
+    """A whole matrix as a product with the unit matrix of the shorter side: random directions of what it has."""
+    if isinstance(change, LowRank):
+        return change
     n, k = change.shape
     return LowRank(change, torch.eye(k)) if n > k else LowRank(torch.eye(n), change)
 
