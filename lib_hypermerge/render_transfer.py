@@ -18,7 +18,9 @@ _SHOWN = 4
 def text(report: Report) -> list[str]:
     """The lines of a finished transfer or of its preview."""
     head = ["preview: nothing was written"] if report.details["preview"] else []
-    return [*head, honest(report), *(f"{name}: {value}" for name, value in describe(report))]
+    failed = [f"{one['name']}: {one['error']['what']} {one['error']['hint']}".rstrip()
+              for one in report.details["failed"]]  # fmt: skip
+    return [*head, honest(report), *(f"{name}: {value}" for name, value in describe(report)), *failed]
 
 
 def honest(report: Report) -> str:

@@ -47,7 +47,7 @@ def report(loras: int = 1, **more: Any) -> Report:
         "choices": [{"list": "unet.input.2", "how": "similarity", "source_blocks": 3,
                      "pairs": [{"target": 0, "source": 1, "similarity": 0.9},
                                {"target": 1, "source": None, "similarity": None}]}],
-        "components": components, "loras": parts, "layers": layers, "device": "cpu", **more,
+        "components": components, "loras": parts, "failed": [], "layers": layers, "device": "cpu", **more,
     }  # fmt: skip
     outputs = (
         [] if details["preview"] else [Output(f"/loras/new-{i}.safetensors", 2**20, "0" * 64) for i in range(loras)]
@@ -73,6 +73,14 @@ def test_several_loras_have_a_row_each_and_no_prompt(loras):
     shown = transfer_view.view(report(loras))
     assert shown.count("6 projected, 3 copied") == loras and "&lt;lora:" not in shown
     assert "could not be drawn" not in shown
+
+
+def test_a_lora_that_failed_has_a_row_too():
+    error = {"code": "numerical", "what": "a<b holds NaN.", "why": "It is damaged.", "hint": "Get a sound copy."}
+    mixed = report(2, failed=[{"name": "bad.safetensors", "error": error}])
+    assert '<tr class="hypermerge-failed"><td>bad.safetensors</td>' in transfer_view.view(mixed)
+    assert "a&lt;b holds NaN. It is damaged. Get a sound copy." in transfer_view.view(mixed)
+    assert text(mixed)[-1] == "bad.safetensors: a<b holds NaN. Get a sound copy."
 
 
 def test_a_preview_says_that_nothing_was_written():

@@ -27,7 +27,7 @@ def view(report: Report) -> str:
 
 
 def _loras(report: Report) -> str:
-    """A row for each LoRA."""
+    """A row for each LoRA, those that failed last."""
     body = ""
     for lora in report.details["loras"]:
         cells = [
@@ -37,8 +37,12 @@ def _loras(report: Report) -> str:
         body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
     heads = ("LoRA", "modules", "left out", "energy retained", "of the whole LoRA", "away from a copy (norm)",
              "lost by rank and rounding (norm)")  # fmt: skip
+    for one in report.details["failed"]:
+        why = " ".join(filter(None, (one["error"]["what"], one["error"]["why"], one["error"]["hint"])))
+        body += (f'<tr class="hypermerge-failed"><td>{escape(one["name"])}</td>'
+                 f'<td colspan="{len(heads) - 1}">{escape(why)}</td></tr>')  # fmt: skip
     head = "".join(f"<th>{name}</th>" for name in heads)
-    return f'<table class="hypermerge-table"><tr>{head}</tr>{body}</table>'
+    return f'<table class="hypermerge-table hypermerge-rows"><tr>{head}</tr>{body}</table>'
 
 
 def _share(value: float | None) -> str:

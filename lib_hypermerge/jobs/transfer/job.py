@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from ...errors import UnchangedError
+from ...errors import HypermergeError, OutputError, UnchangedError
 from ...files.unnamed import Written
 from ...words import counts, two_digits
 from ..devices import whole_float32
@@ -20,7 +20,7 @@ from .matching import Matcher
 from .measure import WRITTEN, Measures, ratio, root
 from .pairing import GUESS
 from .plan import Layout, TransferPlan
-from .planning import changes_nothing, make_plan
+from .planning import changes_nothing, make_plan, none_left
 from .relation import UNRELATED, refuse_strangers, sample_first
 from .spec import CROSS, LORA_X, TransferSpec
 from .writing import Files
@@ -32,7 +32,7 @@ _LOSSY = 0.5  # of the energy: keeping less is worth a note
 
 def run(plan: TransferPlan, host: Host, context: Context) -> Report:
     """Carry out a plan. Raises Cancelled, LayoutError (unrelated models), UnchangedError (nothing is left),
-    NumericalError, OutputError, InputChangedError."""
+    NumericalError, OutputError, InputChangedError; of a batch, what concerns one LoRA alone stands in the report."""
     with whole_float32():
         return _Transfer(plan, host, context).run()
 
@@ -43,6 +43,8 @@ class _Transfer:
         self.workers, self.threads = plan_workers(host.threads(), "cpu", plan.bytes_per_worker)
         self.work, self.measures = LayerWork(plan), Measures(len(plan.loras))
         self.warnings = list(plan.warnings)
+        self.files: Files | None = None
+        self.failed: dict[int, HypermergeError] = {}  # by the LoRA's number, besides those of the plan
         choice, layers = plan.choice_numel, sum(task.numel for task in plan.layout.tasks)
         self._all, self._done = max(1, choice + layers), 0
 
@@ -51,29 +53,54 @@ class _Transfer:
         matcher = Matcher(self.plan, self._map, self._did)
         layout = self.plan.lay_out(matcher.choose)
         with contextlib.ExitStack() as stack:
-            files = None if self.spec.preview else stack.enter_context(Files(self.plan, layout))
+            self.files = None if self.spec.preview else stack.enter_context(Files(self.plan, layout))
             for carried in self._map(self.work.carry, sample_first(layout.tasks)):
-                self._take(carried, files)
+                self._take(carried)
                 refuse_strangers(self.plan, self.measures.known, complete=False)
             self._lose(layout)
-            self.plan.check_unchanged()
-            self._refuse()
+            for model in (self.plan.source, self.plan.target):
+                model.file.check_unchanged()
+            if self.alive:
+                refuse_strangers(self.plan, self.measures.known, complete=True)
+            for i in self.alive:
+                self._finish(i)
+            if not self.alive:
+                raise none_left(self._failures, "could")
             self.context.progress(0.99, "saving")
-            written = [] if files is None else files.publish([self._facts(i) for i in range(len(self.plan.loras))])
+            written = [] if self.files is None else self.files.publish(self.alive)
         return self._report(written, matcher.told)
+
+    @property
+    def alive(self) -> list[int]:
+        """The LoRAs that nothing is wrong with."""
+        return [i for i in range(len(self.plan.loras)) if i not in self.failed]
+
+    @property
+    def _failures(self) -> dict[str, HypermergeError]:
+        return self.plan.failed | {self.plan.loras[i].path.name: error for i, error in self.failed.items()}
+
+    def _fail(self, number: int, error: HypermergeError) -> None:
+        """Of a batch: the others go on."""
+        if number not in self.failed:
+            self.failed[number] = error
+            self.measures.drop(number)
+            if self.files is not None:
+                self.files.drop(number)
 
     def _map(self, function, items) -> Iterator[Any]:
         return map_in_order(function, items, self.workers, self.threads, self.context.check)
 
-    def _take(self, carried: Carried, files: Files | None) -> None:
-        self.measures.add(carried)
+    def _take(self, carried: Carried) -> None:
+        for i, error in carried.failed.items():
+            self._fail(i, error)
+        self.measures.add(carried, self.failed)
         target = carried.task.partner.target
         for i, moved in carried.moved.items():
-            if files is not None and moved.action in WRITTEN and moved.tensors:
+            if self.files is not None and i not in self.failed and moved.action in WRITTEN and moved.tensors:
                 entry, _ = carried.task.uses[i][0]
                 is_lora = moved.action != COPIED or "lora_down.weight" in moved.tensors
                 family = "lora" if is_lora else self.plan.loras[i].families[entry.key].family
-                files.add(i, target, moved.tensors, family)
+                self.files.add(i, target, moved.tensors, family)
         self._did(carried.task.numel, f"{target.component} {target.path}")
 
     def _did(self, numbers: int, text: str) -> None:
@@ -82,25 +109,40 @@ class _Transfer:
 
     def _lose(self, layout: Layout) -> None:
         """What has no layer in the target is measured too, so that the report can tell how much that is."""
-        lost = [(i, key, uses) for i, table in layout.lost.items() for key, uses in table.items()]
+        lost = [(i, key, uses) for i in self.alive for key, uses in layout.lost[i].items()]
         found = self._map(lambda item: self.work.lose(item[0], item[2]), lost)
         for (i, key, _), moved in zip(lost, found, strict=True):
-            self.measures.loras[i].lose(key.split(".", 1)[0], moved)
+            if isinstance(moved, HypermergeError):
+                self._fail(i, moved)
+            elif i not in self.failed:
+                self.measures.loras[i].lose(key.split(".", 1)[0], moved)
 
-    # --- refusals ---------------------------------------------------------------------------------
+    # --- the end of one LoRA ----------------------------------------------------------------------
 
-    def _refuse(self) -> None:
-        """Models that are not alike, and results without a layer."""
-        refuse_strangers(self.plan, self.measures.known, complete=True)
-        for path, lora, file in zip(self.plan.outputs, self.measures.loras, self.plan.loras, strict=True):
-            if lora.is_zero:
-                raise changes_nothing(file)
-            if not lora.modules:
-                why = ", ".join(f"{count} {why}" for why, count in lora.actions.items())
-                raise UnchangedError(
-                    f"Nothing would be left in {path.name}.", f"All modules are left out: {why}.",
-                    "Lower the least similarity, choose the method cross for other sizes, or force it.",
-                )  # fmt: skip
+    def _finish(self, number: int) -> None:
+        try:
+            self.plan.loras[number].file.file.check_unchanged()
+            self._refuse(number)
+            if self.files is not None:
+                self.files.finish(number, self._facts(number))
+        except OutputError:
+            raise
+        except HypermergeError as error:
+            if not self.plan.is_batch:
+                raise
+            self._fail(number, error)
+
+    def _refuse(self, number: int) -> None:
+        """UnchangedError for a result without a layer."""
+        lora = self.measures.loras[number]
+        if lora.is_zero:
+            raise changes_nothing(self.plan.loras[number])
+        if not lora.modules:
+            why = ", ".join(f"{count} {why}" for why, count in lora.actions.items())
+            raise UnchangedError(
+                f"Nothing would be left in {self.plan.outputs[number].name}.", f"All modules are left out: {why}.",
+                "Lower the least similarity, choose the method cross for other sizes, or force it.",
+            )  # fmt: skip
 
     # --- what came out ----------------------------------------------------------------------------
 
@@ -113,8 +155,9 @@ class _Transfer:
     def _report(self, written: list[Written], choices: list[dict[str, Any]]) -> Report:
         spec, measures = self.spec, self.measures
         loras = []
-        for i, (lora, path) in enumerate(zip(self.plan.loras, self.plan.outputs, strict=True)):
-            loras.append({"name": lora.path.name, "output": path.name, **measures.of_lora(i)})
+        for i in self.alive:
+            names = {"name": self.plan.loras[i].path.name, "output": self.plan.outputs[i].name}
+            loras.append(names | measures.of_lora(i))
         self._warn(loras)
         skipped: Counter[str] = Counter()
         actions: Counter[str] = Counter()
@@ -130,12 +173,13 @@ class _Transfer:
             "actions": dict(actions), "skipped_because": dict(skipped),
             "paired": dict(Counter(layer["paired_by"] for layer in measures.layers)), "choices": choices,
             "components": measures.components(), "loras": loras,
+            "failed": [{"name": name, "error": error.to_json()} for name, error in self._failures.items()],
             "layers": sorted(measures.layers, key=lambda one: (one["component"] != "unet", one["component"],
                                                                one["block"], one["layer"])),
             "device": "cpu",
         }  # fmt: skip
         if len(written) == 1:
-            details["prompt"] = f"<lora:{self.plan.outputs[0].stem}:1>"
+            details["prompt"] = f"<lora:{written[0].path.stem}:1>"
         sums = [lora.total for lora in measures.loras]
         error = root(ratio(sum(s.error2 for s in sums), sum(s.energy for s in sums)))
         computed = sum(count for action, count in actions.items() if action != COPIED) or any(s.error2 for s in sums)
@@ -143,6 +187,7 @@ class _Transfer:
             "transfer", [Output(str(w.path), w.bytes, w.sha256) for w in written],
             error if computed else None, sum(actions.values()), sum(skipped.values()),
             skipped[NO_LAYER], self.warnings, time.perf_counter() - self.plan.begun, details,
+            exit_code=1 if details["failed"] else 0,
         )  # fmt: skip
 
     def _warn(self, loras: list[dict[str, Any]]) -> None:
@@ -152,7 +197,7 @@ class _Transfer:
             if similarity is not None:
                 told = f"The similarity of the two bases is {two_digits(similarity)}, which is that of strangers."
             self.warnings.append(f"Forced. {told}")
-        for lora, own in zip(loras, self.measures.loras, strict=True):
+        for lora, own in zip(loras, (self.measures.loras[i] for i in self.alive), strict=True):
             retained = lora["retained"]
             if self.spec.method in (LORA_X, CROSS) and retained is not None and retained < _LOSSY:
                 instead = "" if lora["actions"].get(MAPPED) else " Copying or prolora would keep it."

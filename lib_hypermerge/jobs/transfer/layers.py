@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +13,7 @@ from ...algebra import factored
 from ...algebra.factored import LowRank
 from ...algebra.transfer import methods
 from ...algebra.transfer.subspace import COMPARED, Directions, directions, similarity
-from ...errors import NumericalError
+from ...errors import HypermergeError, NumericalError
 from ...files.dtypes import OUTPUT_DTYPES, torch_dtype
 from ...layouts.module import LORA_KINDS, Model, Module
 from .changes import Change, Tensors, Use, cast, read_change, verbatim
@@ -52,13 +53,14 @@ class Moved:
 class Carried:
     """A layer of the target. similarity: None where nothing tells.  equal: the weights are the same numbers.
 
-    moved: by the LoRA's number.
+    moved: by the LoRA's number.  failed: what went wrong with one LoRA of a batch, likewise.
     """
 
     task: Task
     similarity: float | None = None
     equal: bool = False
     moved: dict[int, Moved] = field(default_factory=dict)
+    failed: dict[int, HypermergeError] = field(default_factory=dict)
 
 
 class LayerWork:
@@ -75,8 +77,7 @@ class LayerWork:
         if not task.is_compared(self.spec):
             is_norm = source.kind not in LORA_KINDS and source.kind == task.partner.target.kind
             why = COPIED if is_norm and task.same_size else OTHER_SIZE
-            for i, uses in task.uses.items():
-                out.moved[i] = self._move(i, uses, task, weight, why)
+            self._each(out, lambda i, uses: self._move(i, uses, task, weight, why))
             return out
         other = read_weight(self.plan.target, task.partner.target)
         out.equal = task.same_size and _equal(weight, other, task)
@@ -87,18 +88,36 @@ class LayerWork:
             source_d, target_d = directions(weight.flatten(1), share), directions(other.flatten(1), share)
             out.similarity = similarity(source_d, target_d)
         below = out.similarity is not None and out.similarity < self.spec.threshold and not self.spec.force
-        for i, uses in task.uses.items():
+
+        def one(i: int, uses: list[Use]) -> Moved:
             if below:
-                out.moved[i] = self._move(i, uses, task, weight, DISSIMILAR)
-            elif out.equal or self._copies(task) or source_d is None or target_d is None:
-                out.moved[i] = self._move(i, uses, task, weight, COPIED, out.equal)
-            else:
-                out.moved[i] = self._project(i, uses, task, weight, source_d, target_d)
+                return self._move(i, uses, task, weight, DISSIMILAR)
+            if out.equal or self._copies(task) or source_d is None or target_d is None:
+                return self._move(i, uses, task, weight, COPIED, out.equal)
+            return self._project(i, uses, task, weight, source_d, target_d)
+
+        self._each(out, one)
         return out
 
-    def lose(self, number: int, uses: list[Use]) -> Moved:
-        """What a LoRA has for a layer that goes nowhere."""
-        return self._left_out(number, uses, read_weight(self.plan.source, uses[0][1].module), NO_LAYER)
+    def lose(self, number: int, uses: list[Use]) -> Moved | HypermergeError:
+        """What a LoRA has for a layer that goes nowhere, or of a batch what is wrong with it."""
+        weight = read_weight(self.plan.source, uses[0][1].module)
+        try:
+            return self._left_out(number, uses, weight, NO_LAYER)
+        except HypermergeError as error:
+            if not self.plan.is_batch:
+                raise
+            return error
+
+    def _each(self, out: Carried, carry: Callable[[int, list[Use]], Moved]) -> None:
+        """Every LoRA of a layer; what is wrong with one of a batch concerns no other."""
+        for i, uses in out.task.uses.items():
+            try:
+                out.moved[i] = carry(i, uses)
+            except HypermergeError as error:
+                if not self.plan.is_batch:
+                    raise
+                out.failed[i] = error
 
     def _left_out(self, number: int, uses: list[Use], weight: torch.Tensor, why: str) -> Moved:
         if weight.dim() < 2:

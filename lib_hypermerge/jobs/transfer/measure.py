@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Container
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 from .layers import COPIED, MAPPED, PROJECTED, Carried, Moved
@@ -94,29 +96,45 @@ class Measures:
 
     def __init__(self, count: int):
         self.loras = [OfLora() for _ in range(count)]
-        self.layers: list[dict[str, Any]] = []
+        self._layers: list[dict[str, Any]] = []
+        self._actions: list[dict[int, str]] = []  # for each of these, by the LoRA's number
 
-    def add(self, carried: Carried) -> None:
-        """Take note of a layer."""
+    def drop(self, number: int) -> None:
+        """Forget a LoRA that failed, and the layers that no other changes."""
+        self.loras[number] = OfLora()
+        for actions in self._actions:
+            actions.pop(number, None)
+        kept = [bool(actions) for actions in self._actions]
+        self._layers = list(compress(self._layers, kept))
+        self._actions = list(compress(self._actions, kept))
+
+    def add(self, carried: Carried, dropped: Container[int] = ()) -> None:
+        """Take note of a layer, of all LoRAs but those that were dropped."""
         partner = carried.task.partner
         target = partner.target
-        for i, moved in carried.moved.items():
+        own = {i: moved for i, moved in carried.moved.items() if i not in dropped}
+        for i, moved in own.items():
             self.loras[i].add(target.component, target.block, moved)
-        if target.weight is None or len(target.weight.shape) < 2:
+        if not own or target.weight is None or len(target.weight.shape) < 2:
             return
-        actions = {moved.action for moved in carried.moved.values()}
-        first = next((action for action in (*WRITTEN, *sorted(actions)) if action in actions), "")
-        self.layers.append({
+        self._actions.append({i: moved.action for i, moved in own.items()})
+        self._layers.append({
             "layer": key_of(target), "block": target.block, "component": target.component,
             "source": key_of(partner.source), "paired_by": partner.how,
             "similarity": None if carried.similarity is None else round(carried.similarity, 4),
-            "equal": carried.equal, "action": first,
+            "equal": carried.equal,
         })  # fmt: skip
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """What there is to tell of each; action: what was done, of several LoRAs the first of WRITTEN."""
+        return [layer | {"action": _first(set(own.values()))}
+                for layer, own in zip(self._layers, self._actions, strict=True)]  # fmt: skip
 
     @property
     def known(self) -> list[float]:
         """All similarities that are known."""
-        return [layer["similarity"] for layer in self.layers if layer["similarity"] is not None]
+        return [layer["similarity"] for layer in self._layers if layer["similarity"] is not None]
 
     @property
     def similarity(self) -> float | None:
@@ -126,8 +144,8 @@ class Measures:
     def components(self) -> dict[str, Any]:
         """component → its similarity and layers, and the same per block."""
         out: dict[str, Any] = {}
-        for component in dict.fromkeys(layer["component"] for layer in self.layers):
-            own = [layer for layer in self.layers if layer["component"] == component]
+        for component in dict.fromkeys(layer["component"] for layer in self._layers):
+            own = [layer for layer in self._layers if layer["component"] == component]
             blocks = sorted({layer["block"] for layer in own})
             out[component] = _of(own) | {
                 "blocks": {block: _of([layer for layer in own if layer["block"] == block]) for block in blocks}
@@ -148,6 +166,10 @@ class Measures:
             "relative_error": lora.total.relative_error, "components": components,
             "became_plain": dict(lora.became_plain),
         }  # fmt: skip
+
+
+def _first(actions: set[str]) -> str:
+    return next(action for action in (*WRITTEN, *sorted(actions)) if action in actions)
 
 
 def _of(layers: list[dict[str, Any]]) -> dict[str, Any]:

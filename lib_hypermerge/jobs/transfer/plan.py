@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...errors import HypermergeError
 from ...files.dtypes import ITEMSIZE, OUTPUT_DTYPES
 from ...layouts.adapter_file import Entry, Target
 from ...layouts.module import LORA_KINDS, Model, Module
@@ -66,7 +67,7 @@ class TransferPlan:
     """Holds all files open; use as a context or close() it.
 
     uses: of each LoRA, what it has for a layer of the source, by component.path.  choices: lists of blocks that are
-    to be paired by similarity.
+    to be paired by similarity.  failed: by name, LoRAs of a batch that cannot be transferred.
     """
 
     spec: TransferSpec
@@ -78,6 +79,7 @@ class TransferPlan:
     choices: list[Choice] = field(default_factory=list)
     layout: Layout = field(default_factory=Layout)  # as foreseen
     warnings: list[str] = field(default_factory=list)
+    failed: dict[str, HypermergeError] = field(default_factory=dict)
     begun: float = field(default_factory=time.perf_counter)
 
     def __enter__(self) -> TransferPlan:
@@ -92,10 +94,10 @@ class TransferPlan:
         for lora in self.loras:
             lora.close()
 
-    def check_unchanged(self) -> None:
-        """InputChangedError if a file was replaced or written to since it was opened."""
-        for file in (self.source.file, self.target.file, *(lora.file.file for lora in self.loras)):
-            file.check_unchanged()
+    @property
+    def is_batch(self) -> bool:
+        """Whether one LoRA's failure leaves others to go on with."""
+        return len(self.loras) + len(self.failed) > 1
 
     def embeddings(self, lora: LoraInput) -> list[str]:
         """The bundled embeddings' tensors that the new file carries along: if its text encoders are as wide."""
@@ -188,7 +190,8 @@ class TransferPlan:
             "expected_memory": _PROCESS_BYTES + self._workers(host.threads()) * self.bytes_per_worker,
             "expected_seconds": round(self.expected_seconds(host.threads()), 1),
             "device": "cpu",
-            "warnings": self.warnings,
+            "warnings": [*self.warnings, *(f"{name}: {error.what} {error.hint}".rstrip()
+                                           for name, error in self.failed.items())],
         }  # fmt: skip
 
 

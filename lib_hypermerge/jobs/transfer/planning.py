@@ -3,9 +3,11 @@ known only when their numbers are read."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ...errors import LayoutError, SpecError, UnchangedError
+from ...errors import HypermergeError, LayoutError, OutputError, SpecError, UnchangedError
 from ...files.writer import check_room, check_target
 from ...layouts.adapter_file import Entry, Target
 from ...layouts.dialects import parts
@@ -24,7 +26,10 @@ _MARKERS = {"v_pred": "v-prediction", "ztsnr": "zero terminal SNR"}
 
 
 def make_plan(spec: TransferSpec, host: Host) -> TransferPlan:
-    """Open everything and check it. Raises SpecError, FormatError, LayoutError, UnchangedError or OutputError."""
+    """Open everything and check it. Raises SpecError, FormatError, LayoutError, UnchangedError or OutputError; of a
+    batch, what concerns one LoRA alone stands in the plan, unless it concerns all of them."""
+    paths = _paths(spec, host)
+    outputs = _outputs(spec, paths, host)
     source = open_checkpoint(host.resolve_checkpoint(spec.source_base))
     try:
         target = open_checkpoint(host.resolve_checkpoint(spec.target_base))
@@ -34,19 +39,22 @@ def make_plan(spec: TransferSpec, host: Host) -> TransferPlan:
     plan = TransferPlan(spec, source, target)
     try:
         _refuse_models(source, target)
-        for path in _paths(spec, host):
-            plan.loras.append(open_lora(path, source))
-        plan.outputs = [host.lora_output(spec.out.replace(NAME, _stem(lora.path))) for lora in plan.loras]
-        _refuse_names(plan, host)
-        plan.uses = [_uses(lora) for lora in plan.loras]
-        plan.layout = plan.lay_out(lambda choice: _foreseen(plan, choice))
-        _refuse_nothing(plan)
+        for path, output in zip(paths, outputs, strict=True):
+            with _in_its_row(plan, path, len(paths)):
+                _open(plan, path, output, [*paths, source.file.path, target.file.path], host)
+        _lay_out(plan)
+        problems = [_useless(plan, i) for i in range(len(plan.loras))]
+        if any(problems):
+            for i in reversed(range(len(problems))):
+                with _in_its_row(plan, plan.loras[i].path, len(paths)):
+                    _take_out(plan, i, problems[i])
+            _lay_out(plan)
+        if not plan.loras:
+            raise none_left(plan.failed, "can")
         refuse_unknown(plan)
         _gather_warnings(plan)
         if not spec.preview:
             sizes = [plan.bytes_of(i) for i in range(len(plan.loras))]
-            for path, size in zip(plan.outputs, sizes, strict=True):
-                check_target(path, size, spec.overwrite)
             check_room(plan.outputs[0].parent, "the new LoRAs", sum(sizes))
     except BaseException:
         plan.close()
@@ -80,21 +88,62 @@ def _refuse_models(source: Model, target: Model) -> None:
         raise UnchangedError("Both bases are the same file.", "The LoRA works with it as it is.", "Choose two models.")
 
 
-def _stem(path: Path) -> str:
-    return path.name if path.is_dir() else path.stem
+def none_left(failed: Mapping[str, HypermergeError], could: str) -> SpecError:
+    """The error for a batch of which nothing came."""
+    name, error = next(iter(failed.items()))
+    why = f"{name}: {error.what} {error.why}".rstrip()
+    return SpecError(f"None of the {len(failed)} LoRAs {could} be transferred.", why, error.hint)
 
 
-def _refuse_names(plan: TransferPlan, host: Host) -> None:
-    inputs = [plan.source.file.path, plan.target.file.path, *(lora.path for lora in plan.loras)]
+def _outputs(spec: TransferSpec, paths: Sequence[Path], host: Host) -> list[Path]:
+    """Where each LoRA's goes. SpecError if two would have one name."""
+    outputs = [host.lora_output(spec.out.replace(NAME, path.name if path.is_dir() else path.stem)) for path in paths]
     seen: dict[str, int] = {}
-    for number, path in enumerate(plan.outputs):
+    for number, path in enumerate(outputs):
         other = seen.setdefault(str(path).casefold(), number)
         if other != number:
             raise SpecError(
                 f"Two of the new LoRAs would be called {path.name}.",
-                f"They come from {plan.loras[other].path} and {plan.loras[number].path}.", "Transfer them one by one.",
+                f"They come from {paths[other]} and {paths[number]}.", "Transfer them one by one.",
             )  # fmt: skip
-        refuse_inputs(path, inputs, host)
+    return outputs
+
+
+@contextlib.contextmanager
+def _in_its_row(plan: TransferPlan, path: Path, count: int) -> Iterator[None]:
+    """What is wrong with one LoRA of several is noted, and the others go on."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except HypermergeError as error:
+        if count == 1:
+            raise
+        plan.failed[path.name] = error
+
+
+def _open(plan: TransferPlan, path: Path, output: Path, inputs: Sequence[Path], host: Host) -> None:
+    refuse_inputs(output, list(inputs), host)
+    if not plan.spec.preview:
+        check_target(output, 0, plan.spec.overwrite)
+    lora = open_lora(path, plan.source)
+    plan.loras.append(lora)
+    plan.outputs.append(output)
+    plan.uses.append(_uses(lora))
+
+
+def _take_out(plan: TransferPlan, number: int, problem: HypermergeError | None) -> None:
+    """A LoRA of which nothing can come. Raises the problem."""
+    if problem is None:
+        return
+    plan.loras.pop(number).close()
+    del plan.outputs[number], plan.uses[number]
+    raise problem
+
+
+def _lay_out(plan: TransferPlan) -> None:
+    plan.choices.clear()
+    plan.layout = plan.lay_out(lambda choice: _foreseen(plan, choice))
 
 
 def _uses(lora: LoraInput) -> dict[str, list[tuple[Entry, Target]]]:
@@ -121,25 +170,28 @@ def changes_nothing(lora: LoraInput) -> UnchangedError:
     )  # fmt: skip
 
 
-def _refuse_nothing(plan: TransferPlan) -> None:
-    layers = [task for task in plan.layout.tasks if task.partner.target.kind in LORA_KINDS]
-    for lora, uses in zip(plan.loras, plan.uses, strict=True):
-        if lora.idle and not uses:
-            raise changes_nothing(lora)
+def _useless(plan: TransferPlan, number: int) -> HypermergeError | None:
+    """Why nothing can come of a LoRA, if headers tell."""
+    lora = plan.loras[number]
+    if lora.idle and not plan.uses[number]:
+        return changes_nothing(lora)
+    tasks = [task for task in plan.layout.tasks if number in task.uses]
+    layers = [task for task in tasks if task.partner.target.kind in LORA_KINDS]
     if not layers:
-        raise LayoutError(
-            "The LoRAs change no layer that the target base has.",
-            f"They are {', '.join(lora.path.name for lora in plan.loras)}.", "Choose another target.",
+        return LayoutError(
+            f"{lora.path.name} changes no layer that the target base has.",
+            f"The target is {plan.target.file.path.name}.", "Choose another target.",
         )  # fmt: skip
     if plan.spec.method != CROSS and not any(task.same_size for task in layers):
         task = layers[0].partner
         assert task.source.weight is not None and task.target.weight is not None
-        raise LayoutError(
+        return LayoutError(
             "No layer has the same size in both bases.",
             f"{key_of(task.target)} is {list(task.source.weight.shape)} in the source and "
             f"{list(task.target.weight.shape)} in the target.",
             "Only the method cross goes from one size to another.",
         )
+    return None
 
 
 def _gather_warnings(plan: TransferPlan) -> None:

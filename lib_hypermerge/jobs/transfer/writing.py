@@ -85,16 +85,22 @@ class Files:
         if family not in ("lora", "norm"):
             self._others[number].add(family)
 
-    def publish(self, facts: Sequence[dict[str, Any]]) -> list[Written]:
-        """Give all files their names. facts: of each LoRA, for its recipe."""
-        for i, writer in enumerate(self.writers):
-            self._complete(i)
-            for name in self.plan.embeddings(self.plan.loras[i]):
-                file = self.plan.loras[i].file
-                writer.add(name, file.file.read(file.embeddings[name]))
-            texts = self._metadata(i, facts[i])
-            writer.seal(lambda data, legacy, own=texts: with_hashes(own, data, legacy))
-        return publish_together(self.writers)
+    def finish(self, number: int, facts: dict[str, Any]) -> None:
+        """Complete one LoRA's file. facts: for its recipe."""
+        self._complete(number)
+        lora, writer = self.plan.loras[number], self.writers[number]
+        for name in self.plan.embeddings(lora):
+            writer.add(name, lora.file.file.read(lora.file.embeddings[name]))
+        texts = self._metadata(number, facts)
+        writer.seal(lambda data, legacy: with_hashes(texts, data, legacy))
+
+    def drop(self, number: int) -> None:
+        """Give up one LoRA's file."""
+        self.writers[number].abort()
+
+    def publish(self, numbers: Sequence[int]) -> list[Written]:
+        """Give the files of these LoRAs, which are finished, their names."""
+        return publish_together([self.writers[i] for i in numbers])
 
     def _complete(self, number: int) -> None:
         """A1111 applies q, k, v and out of a fused attention all or none: zeros for what has none."""
