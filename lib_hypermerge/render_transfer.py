@@ -44,7 +44,7 @@ def describe(report: Report) -> list[tuple[str, str]]:
         ("bases", f"{d['source']} → {d['target']} ({d['architecture']})"),
         ("method", METHODS[d["method"]]),
         ("layers compared", f"{d['layers_compared']}, of which {d['layers_equal']} are the same numbers in both"),
-        ("paired by", counts(d["paired"])),
+        ("paired by", ", ".join(f"{how} ({count})" for how, count in d["paired"].items())),
     ]
     if d["method"] != "copy":
         rows.insert(2, ("leading directions", f"those with {percent(d['basis_energy'])} of a weight's energy"))

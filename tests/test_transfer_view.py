@@ -107,6 +107,7 @@ def test_words_of_the_terminal():
     assert any("energy retained in what was carried over 97.5 %, of all 60.0 %" in line for line in lines)
     assert any(line.endswith("rank and rounding cost 0.03 % of the change that was carried over (norm)")
                for line in lines)  # fmt: skip
+    assert "paired by: place (10), similarity (2)" in lines
     unknown = report()
     for part in unknown.details["components"].values():
         part["similarity"] = part["least"] = None

@@ -35,8 +35,8 @@ def _loras(report: Report) -> str:
             _share(lora["arrived"]), _share(lora["apart"]), _share(lora["relative_error"]),
         ]  # fmt: skip
         body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
-    heads = ("LoRA", "modules", "left out", "energy retained", "of the whole LoRA", "away from a copy (norm)",
-             "lost by rank and rounding (norm)")  # fmt: skip
+    heads = ("LoRA", "modules", "left out", "energy retained", "energy of the whole LoRA", "away from a copy (norm)",
+             "lost to rank and rounding, of what was carried over (norm)")  # fmt: skip
     for one in report.details["failed"]:
         why = " ".join(filter(None, (one["error"]["what"], one["error"]["why"], one["error"]["hint"])))
         body += (f'<tr class="hypermerge-failed"><td>{escape(one["name"])}</td>'
