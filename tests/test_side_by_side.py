@@ -53,6 +53,16 @@ def test_the_error_is_measured_as_rounded(a, dtype):
         assert true <= (2.1 * DTYPES[dtype] * size) ** 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_scale_is_part_of_the_numbers(dtype):
+    a = LowRank(normal(1, 6, 3), normal(2, 3, 7), 0.3)
+    made = rounded(a, dtype)
+    goal, stored = dense(a), made.up.double().numpy() @ made.down.double().numpy()
+    assert np.linalg.norm(goal - stored) <= 2 * DTYPES[dtype] * np.linalg.norm(goal)
+    assert made.error2 == pytest.approx(np.linalg.norm(goal - stored) ** 2, rel=1e-3)
+    assert made.energy == pytest.approx(np.linalg.norm(goal) ** 2)
+
+
 @settings(deadline=None, derandomize=True)
 @given(st.integers(0, 99), st.integers(-6, 6), st.sampled_from([torch.float16, torch.bfloat16]))
 def test_powers_of_two_round_nothing(seed, power, dtype):

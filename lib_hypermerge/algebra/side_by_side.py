@@ -11,14 +11,15 @@ def rounded(whole: LowRank, dtype: torch.dtype, energy: float | None = None) -> 
     """All directions as they are, in dtype, but for powers of two that bring a column of up and its row of down to
     one size: these round nothing, and fp16 holds both.
 
-    whole: in float64, of scale 1, as `weighted_sum` gives it.  energy: its ‖·‖²_F where that is known already.
+    whole: in float64.  energy: its ‖·‖²_F where that is known already.
     error2 is measured as rounded; S is empty, for the directions are in no order.  Raises NumericalError if dtype
     cannot hold the numbers.
     """
-    ups, downs = whole.up.square().sum(0), whole.down.square().sum(1)
+    scaled = whole.up if whole.scale == 1 else whole.scale * whole.up
+    ups, downs = scaled.square().sum(0), whole.down.square().sum(1)
     ratio = torch.where((ups > 0) & (downs > 0), downs / ups.clamp_min(1e-300), 1.0)
     power = torch.exp2((ratio.log2() / 4).round())
-    up, down = whole.up * power, whole.down / power[:, None]
+    up, down = scaled * power, whole.down / power[:, None]
     first, second = up.to(dtype).contiguous(), down.to(dtype).contiguous()
     check_range(first, dtype)
     check_range(second, dtype)
