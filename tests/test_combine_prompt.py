@@ -82,6 +82,9 @@ def test_no_tag_breaks_the_reader(items):
         *((f"<lora:a:{text}>", "beyond ±100") for text in ("101", "1:-1e5", "unet=500")),
         *((f"<lora:a:{text}>", "whole number") for text in ("1:1:0", "dyn=4.5", "dyn=-1", "1:1:x")),
         ("<lora:a:1><lora:b:1><lora:a:1>", "2 times"), ("<lora:a:1><lyco:a:2>", "2 times"),
+        *((text, "<lora:a:0.5 is not closed")
+          for text in ("<lora:a:0.5", "<lora:b:1> <lora:a:0.5 ", "<lora:a:0.5<lora:b:1>")),
+        ("<lora:b:1> <lyco:a, <hypernet:h:1>", "<lyco:a, is not closed"), ("<lora:b:1><lora:", "<lora: is not closed"),
         ("<lora:a:1:start=5>", "while a picture is made"),
     ],
 )  # fmt: skip
@@ -194,9 +197,31 @@ def test_rows_and_prompt_together(folder):
 
 
 def test_an_empty_list_and_a_folder_that_is_not_there(tmp_path):
-    for host, lora_dir in ((FolderHost(tmp_path, tmp_path), None), (PathHost(), str(tmp_path / "none"))):
+    def asked(lora_dir: str | None) -> CombineSpec:
+        return CombineSpec.from_json({"prompt": "<lora:a:1>", "lora_dir": lora_dir, "out": "o"})
+
+    for host, lora_dir in ((FolderHost(tmp_path, tmp_path), None), (PathHost(), str(tmp_path))):
         with pytest.raises(SpecError, match="no LoRA called 'a'"):
-            in_prompt("<lora:a:1>", host, lora_dir)
+            wanted(asked(lora_dir), host)
+    with pytest.raises(SpecError, match="There is no folder .*none"):
+        wanted(asked(str(tmp_path / "none")), PathHost())
+
+
+@pytest.mark.parametrize("lora_dir", [".", "none"])
+def test_a_page_has_its_list_of_loras(folder, tmp_path, lora_dir):
+    """An empty one too: what folders there are it does not tell."""
+    (tmp_path / "empty").mkdir()
+    spec = CombineSpec.from_json({"prompt": "<lora:one:1>", "lora_dir": lora_dir, "out": "o"})
+    for loras in (folder, tmp_path / "empty"):
+        with pytest.raises(SpecError, match="on the command line alone"):
+            wanted(spec, FolderHost(loras, loras))
+
+
+def test_one_file_by_two_names(folder):
+    """A file name and an alias."""
+    spec = CombineSpec.from_json({"prompt": "<lora:two.v1:0.5><lora:second:2>", "out": "o"})
+    with pytest.raises(SpecError, match=r"two.v1.safetensors is named 2 times. Its weights are 0.5 and 2"):
+        wanted(spec, FolderHost(folder, folder))
 
 
 def test_suggested_names():

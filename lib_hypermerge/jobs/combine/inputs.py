@@ -11,6 +11,7 @@ from ...layouts.module import Model
 from ...layouts.resolve import lay_over
 from ..adapter_alone import open_alone, open_over
 from ..adapter_inputs import LoraInput, family_of, open_lora
+from .names import told_apart
 
 
 def open_all(paths: Sequence[Path], checkpoint: Model | None) -> tuple[list[LoraInput], Model]:
@@ -66,7 +67,7 @@ def _fit(path: Path, model: Model) -> tuple[int, int]:
 
 def _mixed(paths: Sequence[Path], models: Sequence[Model]) -> LayoutError:
     other = next(index for index, model in enumerate(models) if model is not models[0])
-    first, second = paths[0].name, paths[other].name
+    first, second = told_apart([paths[0], paths[other]])
     return LayoutError(
         f"{first} and {second} are for different models.",
         f"{first} is a LoRA for {models[0].title}, {second} one for {models[other].title}.",

@@ -7,6 +7,7 @@ itself (`ss_output_name`), in this order, as in AUTOMATIC1111 (extensions-builti
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,16 +35,23 @@ class Wanted:
 
 
 def wanted(spec: CombineSpec, host: Host) -> tuple[list[Wanted], list[str]]:
-    """What a request names, the chosen ones first, and notes on its prompt. SpecError if a name means no file."""
+    """What a request names, the chosen ones first, and notes on its prompt.
+
+    SpecError if a name means no file, or two mean the same.
+    """
+    if spec.lora_dir is not None:
+        _check_folder(spec.lora_dir, host)
     found = [Wanted(host.resolve_lora(item.lora), item) for item in spec.loras]
-    if spec.prompt is None:
-        return found, []
-    read, files = in_prompt(spec.prompt, host, spec.lora_dir)
-    found += [
-        Wanted(path, mention.weighted(name), mention.dyn)
-        for mention, (name, path) in zip(read.loras, files, strict=True)
-    ]
-    return found, list(read.notes)
+    notes: list[str] = []
+    if spec.prompt is not None:
+        read, files = in_prompt(spec.prompt, host, spec.lora_dir)
+        found += [
+            Wanted(path, mention.weighted(name), mention.dyn)
+            for mention, (name, path) in zip(read.loras, files, strict=True)
+        ]
+        notes += read.notes
+    _refuse_twice(found)
+    return found, notes
 
 
 def in_prompt(prompt: str, host: Host, folder: str | None = None) -> tuple[Read, list[tuple[str, Path]]]:
@@ -64,6 +72,46 @@ def stem(name: str) -> str:
     """A LoRA's name in a prompt, from that of its file: dots may be part of a folder's."""
     path = PurePath(name)
     return path.stem if path.suffix.lower() in CHECKPOINT_SUFFIXES else path.name
+
+
+def told_apart(paths: Sequence[Path]) -> list[str]:
+    """Names of files; of those that have one name as many folders with it as tell them apart."""
+    parts = [path.absolute().parts for path in paths]
+    out = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        count = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
+        out.append(PurePath(*own[-count:]).as_posix())
+    return out
+
+
+def _check_folder(folder: str, host: Host) -> None:
+    """SpecError where the host has a list of its own, which is what the folder is for, or if there is no such."""
+    try:
+        path = None if host.loras() else host.resolve_lora(folder)
+    except SpecError:  # a host with a list that is empty; whether there is such a folder is nobody's business there
+        path = None
+    if path is None:
+        raise SpecError(
+            "'lora_dir' is of use on the command line alone.", "Here LoRAs are found in the list that there is.",
+            "Leave it out.",
+        )  # fmt: skip
+    if not path.is_dir() and not host.find_loras(folder):
+        raise SpecError(f"There is no folder {folder}.", "LoRAs were to be looked for in it.", "Check its name.")
+
+
+def _refuse_twice(found: Sequence[Wanted]) -> None:
+    """As in a prompt; families that depend on a weight are not twice as strong when they are applied twice."""
+    files: dict[str, list[Wanted]] = {}
+    for want in found:
+        files.setdefault(os.path.realpath(want.path), []).append(want)
+    for own in files.values():
+        if len(own) > 1:
+            weights = " and ".join(f"{want.item.weight:g}" for want in own)
+            raise SpecError(
+                f"{own[0].path.name} is named {len(own)} times.", f"Its weights are {weights}.",
+                "Name it once, with the weight that is meant: for a sum, that of both together.",
+            )  # fmt: skip
 
 
 def _find(name: str, files: dict[str, Path], host: Host) -> tuple[str, Path] | None:

@@ -17,9 +17,11 @@ from ...errors import SpecError
 from ..spec import MOST_WEIGHT, WeightedLora
 
 _TAG = re.compile(r"<(\w+):([^>]+)>")
+_OPEN = re.compile(r"<(?:lora|lyco):[^>]*?(?=<\w+:|\Z)")  # where the next begins, or the text ends
 _KINDS = ("lora", "lyco")
 _NAMED = ("te", "unet", "dyn", "lbw")
 _IN_TIME = ("start", "stop", "step")  # of sd-webui-lora-block-weight: steps of the sampler
+_SHOWN = 40  # signs of a tag that goes on to the end
 _EXAMPLE = "A LoRA is written <lora:name:0.7>, or <lora:name:0.1:0.7> with a weight of its own in text encoders."
 
 
@@ -51,7 +53,8 @@ class Read:
 
 
 def read(prompt: str) -> Read:
-    """All LoRAs of a prompt. SpecError if there is none, one stands there twice, or a weight is none."""
+    """All LoRAs of a prompt. SpecError if there is none, one is not closed or stands there twice, or has no weight."""
+    _refuse_open(prompt)
     found: dict[str, list[str]] = {}
     for match in _TAG.finditer(prompt):
         found.setdefault(match[1], []).append(match[2])
@@ -64,6 +67,15 @@ def read(prompt: str) -> Read:
         raise SpecError("There is no LoRA in the prompt.", hint=_EXAMPLE)
     _refuse_twice(loras)
     return Read(tuple(loras), tuple(dict.fromkeys(notes)))
+
+
+def _refuse_open(prompt: str) -> None:
+    """A1111 takes such a tag for words, or swallows the next one: nobody means that."""
+    found = _OPEN.search(prompt)
+    if found:
+        tag = found[0].strip()
+        shown = tag if len(tag) <= _SHOWN else tag[:_SHOWN] + "…"
+        raise SpecError(f"{shown} is not closed.", "There is no > behind it.", _EXAMPLE)
 
 
 def _mention(tag: str, text: str, notes: list[str]) -> Mention:
