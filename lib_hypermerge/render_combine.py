@@ -24,7 +24,7 @@ def alike(d: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for i, j in islice(own["pairs"], _SHOWN):
         cosine, overlap = own["cosine"][i][j], own["overlap"][i][j]
-        told = "have no layer in common" if cosine is None else f"cosine {_two(cosine)}"
+        told = _unlike(own, names, i, j) or f"cosine {_two(cosine)}"
         told += "" if overlap is None else f", overlap of directions {percent(overlap)}"
         rows.append((f"{names[i]} and {names[j]}", told + _extremes(own, own["pairs"].index([i, j]))))
     more = len(own["pairs"]) - _SHOWN
@@ -34,6 +34,15 @@ def alike(d: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("squared change of their sum", f"{percent(own['kept'])} of what they have one by one: "
                      f"{_meaning(own['kept'])}"))  # fmt: skip
     return rows
+
+
+def _unlike(own: dict[str, Any], names: list[str], i: int, j: int) -> str:
+    """Why there is no cosine of two; "" where there is one."""
+    idle = [k for k in (i, j) if own["cosine"][k][k] is None]
+    if not idle:
+        return "" if own["common"][i][j] else "have no layer in common"
+    told = ("all changes of {} are zero", "{} changes no matrix at these weights")
+    return ", ".join(told[not own["common"][k][k]].format(names[k]) for k in idle)
 
 
 def _extremes(own: dict[str, Any], pair: int) -> str:
@@ -70,7 +79,8 @@ def describe(report: Report) -> list[tuple[str, str]]:
         ranks = sorted(map(int, d["ranks"]))
         rows.append(("ranks", " … ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))))
     if report.relative_error is not None:
-        rows.append(("relative error", f"{percent(report.relative_error)}, by rounding and cutting"))
+        cut = f" and cutting to {d['cut']}" if d["cut"] else ""
+        rows.append(("relative error", f"{percent(report.relative_error)}, by rounding{cut}"))
     for component, part in d["components"].items():
         worst, block = max(part["blocks"].items(), key=lambda item: item[1]["relative_error"])
         where = f"{percent(part['share_of_change'])} of the change (squared) lies"

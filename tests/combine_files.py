@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,13 @@ def write(path: Path, base: Path, kind: str, seed: int = 0, only: Callable[[str]
             tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     save_file(tensors, path)
     return Lora(path, changes)
+
+
+def twin(lora: Lora) -> Lora:
+    """The same in another file."""
+    path = lora.path.with_name(f"twin-{lora.path.name}")
+    shutil.copyfile(lora.path, path)
+    return Lora(path, lora.changes)
 
 
 def some(name: str) -> bool:

@@ -24,6 +24,7 @@ from combine_files import (
     save_base,
     some,
     summed,
+    twin,
     worst,
     write,
 )
@@ -146,7 +147,7 @@ def test_more_than_there_is_stays_below_a_size_and_says_so(wide, tmp_path):
     terms = terms_of(tmp_path, wide, ("lora", "lora"), only=some)
     answer = combine(*flags(terms), "--out", tmp_path / "out", "--size", 50)
     assert (tmp_path / "out.safetensors").stat().st_size < 2**20
-    assert any("stays below the size" in warning for warning in answer["warnings"])
+    assert any("stays below the size" in warning for warning in answer["warnings"]) and answer["cut"] == ""
     assert missed(read(tmp_path / "out.safetensors"), summed(wide, terms)) < HALF
 
 
@@ -208,8 +209,9 @@ def test_layers_whose_sum_is_zero_are_left_out_and_counted(base, tmp_path):
     a = write(tmp_path / "a.safetensors", base("sd21"), "lora")
     b = write(tmp_path / "b.safetensors", base("sd21"), "lora", 1, only=lambda name: "layers_0_self_attn_q" in name)
     answer = combine(
-        "--lora", a.path, 0.3, "--lora", a.path, -0.3, "--lora", b.path, "--out", tmp_path / "out", "--dtype", "fp32"
-    )
+        "--lora", a.path, 0.3, "--lora", twin(a).path, -0.3, "--lora", b.path, "--out", tmp_path / "out",
+        "--dtype", "fp32",
+    )  # fmt: skip
     stored = load_file(tmp_path / "out.safetensors")
     names = {key.partition(".")[0] for key in stored}
     q = next(iter(b.changes))
@@ -217,6 +219,20 @@ def test_layers_whose_sum_is_zero_are_left_out_and_counted(base, tmp_path):
     assert names == {q, *(q.replace("q_proj", other) for other in ("k_proj", "v_proj", "out_proj"))}
     assert missed({q: read(tmp_path / "out.safetensors")[q]}, summed(base("sd21"), [(b, 1, 1)])) < 1e-6
     assert answer["modules"] == 1 and answer["made"]["sums of zero"] == len(a.changes) - 1
+
+
+@pytest.mark.parametrize("method", ["linear", "without", "iso-c"])
+def test_a_rank_beyond_what_there_is_cuts_nothing_and_says_so(wide, tmp_path, method):
+    terms = terms_of(tmp_path, wide, ("lora", "lora"), only=some)
+    common = [*flags(terms), "--method", method]
+    plain = combine(*common, "--out", tmp_path / "plain")
+    answer = combine(*common, "--out", tmp_path / "out", "--rank", 6)  # 3 of each
+    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert answer["made"] == plain["made"] and answer["cut"] == plain["cut"] == ""
+    assert any("rank 6 cuts nothing" in note and "side by side" in note for note in answer["warnings"])
+    fewer = combine(*common, "--out", tmp_path / "o", "--rank", 5, "--dry-run")
+    assert not any("cuts nothing" in note for note in fewer["warnings"]) and fewer["cut"] == "rank 5"
 
 
 def test_equal_inputs_give_equal_files_on_any_number_of_threads(base, tmp_path):

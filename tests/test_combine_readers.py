@@ -46,10 +46,10 @@ def read_by_diffusers(family: str, tensors: dict[str, torch.Tensor]) -> dict[str
     return {key: t for key, t in tensors.items() if not re.fullmatch(UNREAD[family], key.split(".")[0])}
 
 
-@pytest.mark.parametrize("more", [(), ("--rank", 5)], ids=["exact", "rank"])
+@pytest.mark.parametrize("more", [(), ("--energy", 1)], ids=["exact", "energy"])
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_one_file_is_as_strong_as_the_prompt(tmp_path, family, more):
-    """--rank 5: as many directions as both have, decomposed anew."""
+    """--energy 1: as many directions as both have, decomposed anew."""
     parts = {
         name: read_by_diffusers(family, lora(family, rank=lambda i, r=r: r, alpha=lambda i, own=alpha: own, seed=r))
         for name, r, alpha in (("a", 3, 3.0), ("b", 2, 1.0))

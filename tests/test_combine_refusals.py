@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from combine_files import combine, missed, read, refused, save_base, some, write
+from combine_files import combine, missed, read, refused, save_base, some, twin, write
 from convert_files import lora, save
 from convert_files import some as some_layers
 from fastapi import FastAPI
@@ -22,6 +23,7 @@ from lib_hypermerge.errors import Cancelled, InputChangedError, OutputError
 from lib_hypermerge.files import writer
 from lib_hypermerge.hosts.standalone import FolderHost, PathHost
 from lib_hypermerge.jobs.combine.job import CombineSpec, make_plan, run
+from lib_hypermerge.jobs.combine.names import told_apart
 from lib_hypermerge.jobs.host import Context
 from lib_hypermerge.jobs.runner import Runner
 
@@ -64,18 +66,27 @@ def test_a_sum_of_nothing(loras, tmp_path):
     a = loras / "a.safetensors"
     assert "weight 0" in refusal(tmp_path, "--lora", a, 0, "--out", tmp_path / "o")
     assert "weight 0" in refusal(tmp_path, "--lora", a, "--blocks", "NONE", "--out", tmp_path / "o")
+    same = shutil.copyfile(a, loras / "same.safetensors")
     for more in ([], ["--rank", 2], ["--energy", 0.5], ["--size", 1], ["--dtype", "fp32"]):
-        said = refusal(tmp_path, "--lora", a, 0.3, "--lora", a, -0.3, "--out", tmp_path / "o", *more)
+        said = refusal(tmp_path, "--lora", a, 0.3, "--lora", same, -0.3, "--out", tmp_path / "o", *more)
         assert "cancel each other exactly" in said
     tensors = load_file(a)
     save_file({k: torch.zeros_like(t) if "up" in k else t for k, t in tensors.items()}, loras / "zero.safetensors")
-    assert "add up to nothing" in refusal(tmp_path, "--lora", loras / "zero.safetensors", "--out", tmp_path / "o")
+    zero, out = loras / "zero.safetensors", ["--out", tmp_path / "o"]
+    said = refusal(tmp_path, "--lora", zero, *out)
+    assert "zero.safetensors changes nothing" in said and "cancel" not in said
+    same = shutil.copyfile(zero, loras / "same.safetensors")
+    for more in ([], ["--method", "ties"], ["--size", 1]):
+        said = refusal(tmp_path, "--lora", zero, "--lora", same, *out, *more)
+        assert "All changes of each of them are zero" in said and "cancel" not in said
 
 
 def test_whole_matrices_that_cancel_but_for_rounding(tmp_path):
     base = save_base(tmp_path / "base.safetensors")
     full = write(tmp_path / "a.safetensors", base, "full", 0, some)
-    flagged = [item for weight in (0.3, 0.4, -0.7) for item in ("--lora", full.path, weight)]
+    second = twin(full)
+    weights = ((full, 0.3), (second, 0.4), (twin(second), -0.7))
+    flagged = [item for lora, weight in weights for item in ("--lora", lora.path, weight)]
     said = refusal(tmp_path, *flagged, "--out", tmp_path / "o")
     assert "cancel each other exactly" in said
 
@@ -87,9 +98,13 @@ def test_whole_matrices_that_cancel_but_for_rounding(tmp_path):
         (["--lora", "a.safetensors", "101"], "beyond ±100"), (["--lora", "a.safetensors", "nan"], "number"),
         (["--lora", "a.safetensors", "--blocks", "1,2"], "17 or 26"),
         (["--lora", "a.safetensors", "--dtype", "fp8"], "fp16"),
-        (["--prompt", "<lora:a:0.5"], "no LoRA in the prompt"), (["--prompt", "<lora:a:many>"], "no weight"),
+        (["--prompt", "<lora:a:0.5"], "is not closed"), (["--prompt", "<lora:a:many>"], "no weight"),
         (["--prompt", "<lora:a:1><lora:a:2>"], "2 times"),
         (["--prompt", "<lora:c:1>", "--lora-dir", "."], "no LoRA called 'c'"),
+        (["--prompt", "<lora:a:1>", "--lora-dir", "nodir"], "There is no folder nodir"),
+        (["--lora", "a.safetensors", "--lora-dir", "nodir"], "There is no folder nodir"),
+        (["--lora", "a.safetensors", "--lora", "../loras/a.safetensors", "2"], "a.safetensors is named 2 times"),
+        (["--lora", "a.safetensors", "--prompt", "<lora:a:-1>"], "Its weights are 1 and -1"),
         (["--lora", "a.safetensors", "--size", "0.02"], "too small"),
         (["--lora", "a.safetensors", "--checkpoint", "b.safetensors"], "is a LoRA"),
         (["--lora", "a.safetensors", "--out", "a"], "would replace the file"),
@@ -108,6 +123,33 @@ def test_what_depends_on_a_checkpoint_asks_for_it(tmp_path, kind):
     one = write(tmp_path / "a.safetensors", base, kind, 0, some)
     said = refusal(tmp_path, "--lora", one.path, "--out", tmp_path / "o")
     assert "depends on the checkpoint's weights" in said and "a.safetensors" in said
+
+
+def test_files_of_one_name_are_told_apart(loras, tmp_path):
+    a, b = loras / "a.safetensors", loras / "sub" / "a.safetensors"
+    b.parent.mkdir()
+    shutil.copyfile(loras / "b.safetensors", b)
+    answer = combine("--lora", a, "--lora", b, "--lora", loras / "b.safetensors", "--out", tmp_path / "o", "--dry-run")
+    assert [one["name"] for one in answer["loras"]] == ["loras/a.safetensors", "sub/a.safetensors", "b.safetensors"]
+    shutil.copyfile(loras / "xl.safetensors", b)
+    said = refusal(tmp_path, "--lora", a, "--lora", b, "--out", tmp_path / "o")
+    assert "loras/a.safetensors and sub/a.safetensors are for different models" in said
+
+
+def test_names_that_tell_apart():
+    paths = [Path("/x/y/a"), Path("/z/y/a"), Path("/x/y/b"), Path("/a"), Path("/z/y/a")]
+    assert told_apart(paths) == ["x/y/a", "z/y/a", "b", "/a", "z/y/a"]
+
+
+def test_a_size_that_no_disk_has(loras, tmp_path):
+    """What there is needs no more room than it needs."""
+    flagged = ["--lora", loras / "a.safetensors", "--lora", loras / "b.safetensors"]
+    answer = combine(*flagged, "--out", tmp_path / "o", "--size", 1e9)
+    size = (tmp_path / "o.safetensors").stat().st_size
+    with make_plan(spec(loras, tmp_path / "p", size=1e9), PathHost()) as plan:
+        told = plan.to_json(PathHost())["expected_bytes"]
+    assert any("stays below the size" in note for note in answer["warnings"])
+    assert 0.9 * size <= told < 1.5 * size
 
 
 def test_numbers_that_are_none(loras, tmp_path):
@@ -208,6 +250,7 @@ def test_a_preview_writes_nothing_and_minds_no_file_of_that_name(loras, tmp_path
     before = listing(tmp_path)
     report = combined(spec(loras, tmp_path / "o", preview=True))
     assert report.outputs == [] and report.details["preview"] and listing(tmp_path) == before
+    assert not report.details["prompt"]
     written = combined(spec(loras, tmp_path / "p"))
     assert abs(report.details["bytes"] - written.outputs[0].bytes) < 16
     assert report.relative_error == written.relative_error
@@ -235,7 +278,8 @@ def test_over_http_by_prompt(loras):
     assert missed(read(loras / "made.safetensors"), goal) < 1e-6
     for asked, status in (
         ({"prompt": "<lora:../a:1>"}, 422), ({"loras": ["/etc/passwd"]}, 422), ({}, 422),
-        ({"prompt": "<lora:a:1>", "lora_dir": "/"}, 202),  # a page has its own list of LoRAs
+        ({"prompt": "<lora:a:1>", "lora_dir": "/"}, 422),  # a page has its own list of LoRAs
+        ({"prompt": "<lora:a:1>"}, 202),
     ):  # fmt: skip
         request = {"verb": "combine", "params": {**asked, "out": "x"}, "dry_run": True}
         assert client.post(jobs, json=request).status_code == status

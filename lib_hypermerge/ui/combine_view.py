@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ..jobs.report import Report
@@ -38,7 +37,7 @@ def _headline(report: Report) -> str:
 
 
 def _alike(d: dict[str, Any]) -> list[str]:
-    own, names = d["alike"], [Path(lora["name"]).stem for lora in d["loras"]]
+    own, names = d["alike"], [lora["name"].removesuffix(".safetensors") for lora in d["loras"]]
     parts = ["<h4>How alike they are</h4>", html.table(alike(d))]
     if len(names) > 2:
         parts.append(html.picture(lambda: matrix_picture(own, names)))

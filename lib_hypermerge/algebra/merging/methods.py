@@ -7,6 +7,7 @@ from dataclasses import dataclass
 FACTORED, DENSE = "factored", "dense"
 DENSITY, SEED, ENERGY = "density", "seed", "energy"
 SUM, MEAN, PART = "sum", "mean", "part"
+FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ _ALL = (
         "Keeps LoRAs that contradict each other from cancelling out; it averages, so it is weaker than the sum.",
         (DENSITY,),
         MEAN,
-        "full",
+        FULL,
     ),
     Method(
         "dare",
@@ -65,7 +66,7 @@ _ALL = (
         "Right on average, but random noise takes the place of what is dropped: keep the density high for images.",
         (DENSITY, SEED),
         SUM,
-        "full",
+        FULL,
         symmetric=False,
     ),
     Method(
@@ -76,7 +77,7 @@ _ALL = (
         "DARE for LoRAs that contradict each other; the same noise, so keep the density high for images.",
         (DENSITY, SEED),
         MEAN,
-        "full",
+        FULL,
         symmetric=False,
     ),
     Method(
@@ -87,7 +88,7 @@ _ALL = (
         "As DARE with TIES, with less noise, because large entries are dropped less often; the slowest of these.",
         (DENSITY, SEED),
         MEAN,
-        "full",
+        FULL,
         symmetric=False,
     ),
     Method(
@@ -98,7 +99,7 @@ _ALL = (
         "Drops outliers and small entries without making up for them; for LoRAs that burn images, otherwise too weak.",
         (DENSITY,),
         SUM,
-        "full",
+        FULL,
     ),
     Method(
         "knots",

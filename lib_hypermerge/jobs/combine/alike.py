@@ -24,24 +24,27 @@ class Alike:
     """Sums over a layer or many, (m, m) float64 over the m LoRAs. gram: ⟨Δ_i, Δ_j⟩ at strength 1.
 
     overlap, weight: the layers' overlaps times ‖Δ_i‖·‖Δ_j‖, and these; of layers in which both have factors.
+    common: how many layers' matrices both change; on the diagonal, the LoRA alone.
     of_sum, of_terms: ‖Σ w·Δ‖² and Σ ‖w·Δ‖².
     """
 
     gram: torch.Tensor
     overlap: torch.Tensor
     weight: torch.Tensor
+    common: torch.Tensor
     of_sum: float = 0.0
     of_terms: float = 0.0
 
     @staticmethod
     def none(count: int) -> Alike:
-        gram, overlap, weight = torch.zeros(3, count, count, dtype=torch.float64).unbind()
-        return Alike(gram, overlap, weight)
+        gram, overlap, weight, common = torch.zeros(4, count, count, dtype=torch.float64).unbind()
+        return Alike(gram, overlap, weight, common)
 
     def add(self, other: Alike) -> None:
         self.gram = self.gram + other.gram
         self.overlap = self.overlap + other.overlap
         self.weight = self.weight + other.weight
+        self.common = self.common + other.common
         self.of_sum += other.of_sum
         self.of_terms += other.of_terms
 
@@ -61,9 +64,11 @@ def measure(terms: Sequence[Term], count: int) -> Alike:
     main = {term.index: _Directions.of(term.change) for term in terms if isinstance(term.change, LowRank)}
     for a, first in enumerate(terms):
         i = first.index
+        out.common[i, i] = 1
         out.gram[i, i] = main[i].energy if i in main else _energy(first.change)
         for second in terms[:a]:
             j = second.index
+            out.common[i, j] = out.common[j, i] = 1
             if i in main and j in main:
                 product, shared = main[i].compared(main[j])
                 size = math.sqrt(float(out.gram[i, i] * out.gram[j, j]))
@@ -131,9 +136,15 @@ class Course:
     def add(self, component: str, block: str, own: Alike) -> None:
         self.blocks.setdefault((component, block), Alike.none(self.count)).add(own)
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether no LoRA changes a matrix."""
+        return not any(own.gram.diagonal().any() for own in self.blocks.values())
+
     def to_json(self) -> dict[str, Any]:
         """cosine, overlap: matrices over the LoRAs.  pairs: [i, j], and by_block for each of these in this order.
 
+        common: how many layers' matrices both change, be it by zeros.
         kept: ‖Σ w·Δ‖² / Σ ‖w·Δ‖², below 1 where changes cancel each other, above where they add up.
         """
         total = Alike.none(self.count)
@@ -149,6 +160,7 @@ class Course:
         return {
             "cosine": total.cosines(),
             "overlap": total.overlaps(),
+            "common": total.common.int().tolist(),
             "kept": total.of_sum / total.of_terms if total.of_terms else None,
             "pairs": [list(pair) for pair in pairs],
             "by_block": dict(by_block),

@@ -33,11 +33,12 @@ class Changes:
 
     in_turn: each LoRA is applied to the weight that those before it have changed, as hosts do; else each to the
     checkpoint's own. It matters only where a change depends on the weight.  wide: float64 for these, not float32.
+    only_first: of norms and biases the first LoRA's, for a method that works on that.
     Thread-safe.
     """
 
-    def __init__(self, file: TensorFile | None, in_turn: bool, wide: bool):
-        self.file, self.in_turn = file, in_turn
+    def __init__(self, file: TensorFile | None, in_turn: bool, wide: bool, only_first: bool):
+        self.file, self.in_turn, self.only_first = file, in_turn, only_first
         self.dtype = torch.float64 if wide else torch.float32
 
     def of_weight(self, layer: Layer) -> list[Term]:
@@ -60,7 +61,7 @@ class Changes:
         """Of a normalisation's scale, (n,) float64: the sum over all LoRAs."""
         weight = self._weight(layer)
         total = torch.zeros(layer.shape[0], dtype=torch.float64)
-        for part in layer.parts:
+        for part in self._adding(layer):
             if part.changes_weight:
                 own = torch.zeros(part.shape, dtype=torch.float64) if weight is None else weight[layer.rows(part)]
                 change = part.strength * _loaded(part).change(own.double()).flatten()
@@ -73,12 +74,16 @@ class Changes:
     def of_bias(self, layer: Layer) -> torch.Tensor:
         """Of a layer's bias, or a normalisation's shift, (n,) float64: the sum over all LoRAs."""
         total = torch.zeros(layer.shape[0], dtype=torch.float64)
-        for part in layer.parts:
+        for part in self._adding(layer):
             change = part.load().bias_change() if part.changes_bias else None
             if change is not None:
                 _check_finite(part, change)
                 total[layer.rows(part)] += part.strength * change.double()
         return total
+
+    def _adding(self, layer: Layer) -> list[Part]:
+        """Those whose vectors are added up."""
+        return [part for part in layer.parts if part.index == 0 or not self.only_first]
 
     def _weight(self, layer: Layer) -> torch.Tensor | None:
         """The checkpoint's numbers, where a part of the layer asks for them."""

@@ -85,7 +85,12 @@ class _Combination:
 
     def _unchanged(self) -> UnchangedError:
         self.plan.check_unchanged()
-        way = self.plan.spec.way
+        way, names = self.plan.spec.way, self.plan.names
+        if len(names) == 1 and self.course.is_zero:
+            return UnchangedError(f"{names[0]} changes nothing.", "All its changes are zero.", "Choose another LoRA.")
+        if self.course.is_zero and not any(layer.is_norm or layer.changes_bias for layer in self.plan.layers):
+            why = "All changes of each of them are zero."
+            return UnchangedError("The LoRAs change nothing.", why, "Choose other LoRAs.")
         why = f"{way.title} leaves nothing of them." if not way.is_exact else "Their changes cancel each other exactly."
         return UnchangedError("The LoRAs add up to nothing.", why, "Choose other weights, or another method.")
 
@@ -93,7 +98,8 @@ class _Combination:
         plan, m = self.plan, self.measures
         warnings = list(plan.warnings)
         goal = (plan.spec.size or 0) * 2**20
-        if file.bytes < 0.98 * goal:
+        all_there = file.bytes < 0.98 * goal
+        if all_there:
             warnings.append("Every layer has all the directions that there are: the file stays below the size.")
         if file.zeros:
             warnings.append(
@@ -118,8 +124,9 @@ class _Combination:
             "unmatched_keys": [key for lora in plan.loras for key in lora.resolution.unmatched][:50],
             "embeddings": len(plan.embeddings),
             "bytes": file.bytes,
+            "cut": "" if all_there else plan.cut,
             "device": "cpu",
-            "prompt": f"<lora:{plan.output.stem}:1>",
+            "prompt": "" if written is None else f"<lora:{plan.output.stem}:1>",
         }
         outputs = [] if written is None else [Output(str(written.path), written.bytes, written.sha256)]
         return Report(

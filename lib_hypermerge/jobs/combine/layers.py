@@ -18,7 +18,7 @@ from ...layouts.reference import reference_model
 from .. import block_weights
 from ..adapter_alone import told_shape
 from ..adapter_inputs import LoraInput, load
-from .names import Wanted
+from .names import Wanted, told_apart
 
 BIAS_PARTS = frozenset((BIAS, SHIFT, UP_BIAS))
 
@@ -130,8 +130,10 @@ class Found:
     left_out: Counter[str]
 
 
-def find(wanted: Sequence[Wanted], loras: Sequence[LoraInput], model: Model, has_weights: bool) -> Found:
-    """Group the modules of all LoRAs by layer.
+def find(
+    wanted: Sequence[Wanted], loras: Sequence[LoraInput], model: Model, has_weights: bool, first_is_special: bool
+) -> Found:
+    """Group the modules of all LoRAs by layer. first_is_special: see Method.
 
     Raises SpecError for block weights or dyn that cannot be, LayoutError for LoRAs of models of different widths.
     """
@@ -142,6 +144,8 @@ def find(wanted: Sequence[Wanted], loras: Sequence[LoraInput], model: Model, has
         for entry, target in lora.resolution.targets:
             module = target.module
             strength = strength_of(want, blocks, module)
+            if first_is_special and index:  # weights are of no account, but where block weights are 0 it stays out
+                strength = float(blocks.of(module.component, module.block) != 0)
             name = _name(module, target, model)
             if strength == 0 or entry.key in lora.idle:
                 left_out["weight 0" if strength == 0 else "alpha 0"] += 1
@@ -207,8 +211,9 @@ def _whole_shape(layer: Layer) -> Shape:
     sizes = {size for size in found if size[1]} or set(found)
     if len(sizes) > 1:
         (size, part), (other, another) = list(found.items())[:2]
+        first, second = told_apart([part.lora.path, another.lora.path])
         raise LayoutError(
-            f"{part.lora.path.name} and {another.lora.path.name} are for models of different widths.",
+            f"{first} and {second} are for models of different widths.",
             f"{part.entry.key} is for a weight of {list(size)}, {another.entry.key} for one of {list(other)}.",
             "Combine LoRAs of one kind of model.",
         )  # fmt: skip
@@ -224,9 +229,7 @@ def _whole_shape(layer: Layer) -> Shape:
 
 def _in_order(layers: dict[tuple[str, str], Layer], model: Model) -> Iterator[Layer]:
     """In the model's; A1111 applies q, k, v and out of a fused attention all or none, so that none may be missing."""
-    fused = {
-        (component, layer.module.fused): layer for (component, _), layer in layers.items() if layer.module.fused
-    }
+    fused = {(component, layer.module.fused): layer for (component, _), layer in layers.items() if layer.module.fused}
     for component, modules in model.components.items():
         for path, module in modules.items():
             if (component, path) in layers:

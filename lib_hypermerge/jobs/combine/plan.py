@@ -6,11 +6,12 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ...adapters.lora import tensor_bytes
-from ...algebra.merging.methods import DENSE
+from ...algebra.merging.methods import DENSE, FULL
 from ...errors import SpecError, UnchangedError
 from ...files.dtypes import ITEMSIZE, OUTPUT_DTYPES
 from ...files.source import TensorFile, TensorInfo
@@ -32,7 +33,7 @@ from .spec import CombineSpec
 _PROCESS_BYTES = 350 << 20  # Python with torch, about
 _ENTRY_BYTES = 350  # of a module in the header, about
 _USUAL_RANK = 32  # of a forecast of what only the spectra tell
-_FEW = 3
+_ALL_RANKS = 1 << 20  # more than any layer has
 
 
 @dataclass
@@ -76,6 +77,11 @@ class CombinePlan:
         for file in (*(lora.file.file for lora in self.loras), *([self.model.file] if self.has_weights else ())):
             file.check_unchanged()
 
+    @cached_property
+    def names(self) -> list[str]:
+        """The LoRAs', as they are told apart."""
+        return names.told_apart([lora.path for lora in self.loras])
+
     @property
     def itemsize(self) -> int:
         return ITEMSIZE[OUTPUT_DTYPES[self.spec.dtype]]
@@ -91,10 +97,41 @@ class CombinePlan:
 
     def rank_of(self, layer: Layer, unknown: int) -> int:
         """That a layer will have at most; unknown: for what only its spectrum tells."""
-        most = min(layer.size)
         if not layer.parts or not layer.changes_weight:
             return 1
-        return min(most, self.spec.rank or (layer.rank if not self.spec.cuts else unknown))
+        return min(self._most_rank(layer), self.spec.rank or (layer.rank if not self.spec.cuts else unknown))
+
+    def _most_rank(self, layer: Layer) -> int:
+        """What the method can make of a layer; never more than all LoRAs together but where it fills the matrix."""
+        return min(layer.size) if self.spec.way.rank == FULL else layer.rank
+
+    @property
+    def most_rank(self) -> int:
+        """That any layer can have; 0 if no matrix is changed."""
+        return max((self._most_rank(layer) for layer in self.matrices), default=0)
+
+    @property
+    def is_cut_to_all(self) -> bool:
+        """Whether matrices of full rank become factors of the rank of all LoRAs, for nothing else was asked for."""
+        whole = self.spec.way.rank == FULL and not self.spec.cuts
+        return whole and any(layer.has_factors and layer.rank < min(layer.size) for layer in self.matrices)
+
+    @property
+    def cut(self) -> str:
+        """What the result is cut to, in words; "" where nothing is."""
+        spec = self.spec
+        if spec.rank is not None:
+            return f"rank {spec.rank}" if spec.rank < self.most_rank else ""
+        if spec.energy is not None:
+            return f"{100 * spec.energy:.6g} % of the squared change"
+        if spec.size is not None:
+            return f"{spec.size:g} MiB"
+        return "the ranks of all LoRAs together" if self.is_cut_to_all else ""
+
+    @property
+    def matrices(self) -> list[Layer]:
+        """The layers whose matrix is changed."""
+        return [layer for layer in self.layers if layer.changes_weight and not layer.is_norm]
 
     def is_whole(self, layer: Layer) -> bool:
         """Whether it will be a matrix, because not all changes of it have factors and none is to be cut."""
@@ -119,12 +156,12 @@ class CombinePlan:
     def expected_bytes(self) -> int | None:
         """None where it depends on the spectra."""
         if self.spec.size is not None:
-            return int(self.spec.size * 2**20)
+            return min(int(self.spec.size * 2**20), self.bytes_at(_ALL_RANKS))
         return None if self.spec.energy is not None else self.bytes_at(_USUAL_RANK)
 
     @property
     def most_bytes(self) -> int:
-        return self.expected_bytes or self.bytes_at(1 << 20)
+        return self.expected_bytes or self.bytes_at(_ALL_RANKS)
 
     @property
     def bytes_per_worker(self) -> int:
@@ -175,7 +212,7 @@ class CombinePlan:
         want, lora = self.wanted[index], self.loras[index]
         te = want.item.weight if want.item.te_weight is None else want.item.te_weight
         return {
-            "name": lora.path.name, "weight": want.item.weight, "te_weight": te, "blocks": want.item.blocks,
+            "name": self.names[index], "weight": want.item.weight, "te_weight": te, "blocks": want.item.blocks,
             "dyn": want.dyn, "dialect": lora.file.dialect, "families": lora.counts,
             "modules": len(lora.resolution.targets), "unmatched": len(lora.resolution.unmatched),
         }  # fmt: skip
@@ -196,7 +233,7 @@ def make_plan(spec: CombineSpec, host: Host) -> CombinePlan:
         raise
     plan = CombinePlan(spec, output, wanted, model, checkpoint is not None, loras, warnings=notes)
     try:
-        found = layers.find(wanted, loras, model, plan.has_weights)
+        found = layers.find(wanted, loras, model, plan.has_weights, spec.way.first_is_special)
         plan.layers, plan.left_out = found.layers, found.left_out
         _add_embeddings(plan)
         _gather_warnings(plan)
@@ -222,8 +259,8 @@ def _add_embeddings(plan: CombinePlan) -> None:
 
 
 def _gather_warnings(plan: CombinePlan) -> None:
-    for want, lora in zip(plan.wanted, plan.loras, strict=True):
-        own = lora.warnings if plan.has_weights else _told_alone(lora, plan.model)
+    for name, want, lora in zip(plan.names, plan.wanted, plan.loras, strict=True):
+        own = lora.warnings if plan.has_weights else _told_alone(name, lora, plan.model)
         plan.warnings += own + left_behind(lora.file.file)
         if want.dyn is not None:
             others = sum(
@@ -232,8 +269,7 @@ def _gather_warnings(plan: CombinePlan) -> None:
             )  # fmt: skip
             if others:
                 plan.warnings.append(
-                    f"{lora.path.name}: dyn={want.dyn} leaves {others} modules whole that are no plain LoRA, as in "
-                    "AUTOMATIC1111."
+                    f"{name}: dyn={want.dyn} leaves {others} modules whole that are no plain LoRA, as in AUTOMATIC1111."
                 )
     if plan.left_out["no name in a LoRA file"]:
         plan.warnings.append(
@@ -249,12 +285,29 @@ def _gather_warnings(plan: CombinePlan) -> None:
     if plan.repeated:
         plan.warnings.append(f"{plan.repeated} bundled embeddings have a name that is taken; the first is kept.")
     if plan.spec.way.first_is_special:
-        plan.warnings.append(f"The first is {plan.loras[0].path.name}; the weights of the others are of no account.")
+        plan.warnings.append(
+            f"The first is {plan.names[0]}; the weights of the others are of no account, be they 0. Where their block "
+            "weights are 0 they leave a layer alone."
+        )
+    if plan.is_cut_to_all:
+        plan.warnings.append(
+            f"{plan.spec.way.title} fills whole matrices; they are cut to the ranks of all LoRAs together. Give a "
+            "rank, an energy or a size for more or less."
+        )
+    if plan.spec.rank is not None and plan.most_rank and plan.spec.rank >= plan.most_rank:
+        plan.warnings.append(_cuts_nothing(plan, plan.spec.rank))
 
 
-def _told_alone(lora: LoraInput, model: Model) -> list[str]:
+def _cuts_nothing(plan: CombinePlan, rank: int) -> str:
+    """The note on a rank that is at least what there is."""
+    told = f"No layer has more than {plan.most_rank} directions: rank {rank} cuts nothing."
+    by_factors = plan.spec.way.kind != DENSE and all(layer.has_factors for layer in plan.matrices)
+    return f"{told} The factors are put side by side, as without a rank." if by_factors else told
+
+
+def _told_alone(name: str, lora: LoraInput, model: Model) -> list[str]:
     """What was left out or looks odd of a file that was laid over names alone, one sentence each."""
-    name, file, lost = lora.path.name, lora.file, lora.resolution.unmatched
+    file, lost = lora.file, lora.resolution.unmatched
     out = [f"{name}: {note}" for note in file.notes]
     if lost:
         out.append(f"{name}: {len(lost)} modules have no layer in {model.title}, such as {lost[0]}; left out.")
@@ -287,7 +340,7 @@ def _check(plan: CombinePlan) -> None:
         part.index == 0 for layer in plan.layers for part in layer.parts if part.changes_weight
     ):
         raise UnchangedError(
-            f"{plan.loras[0].path.name}, the first LoRA, changes nothing here.", hint="Give it a weight other than 0."
+            f"{plan.names[0]}, the first LoRA, changes nothing here.", hint="Give it a weight other than 0."
         )
 
 

@@ -73,7 +73,7 @@ class CombineSpec(Spec):
     )  # fmt: skip
     size: float | None = param(
         NUMBER, "Size, MiB", "Instead of a rank: a file of this size, ranks allotted over all layers at once.", None,
-        bounds=(0.01, None), optional=True,
+        bounds=(0.01, 1e9), optional=True,
     )  # fmt: skip
     method: str = param(
         CHOICE, "Method", "How several changes of a layer become one.", LINEAR,

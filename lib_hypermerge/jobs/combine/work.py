@@ -71,7 +71,8 @@ class LayerWork:
         self.plan, self.spec = plan, plan.spec
         self.dtype = torch_dtype(OUTPUT_DTYPES[plan.spec.dtype])
         file = plan.model.file if plan.has_weights else None
-        self.changes = Changes(file, plan.spec.way.is_exact, self.dtype.itemsize > 2)
+        way = plan.spec.way
+        self.changes = Changes(file, way.is_exact, self.dtype.itemsize > 2, way.first_is_special)
 
     def make(self, layer: Layer, rank: int | None = None) -> Made:
         """rank: under a size. Raises NumericalError that names the layer."""
@@ -132,28 +133,26 @@ class LayerWork:
         """Whether terms have cancelled each other but for float32's rounding; factors tell that by their core."""
         return isinstance(merged, torch.Tensor) and _energy(merged) <= _NOTHING * alike.of_terms
 
-    def _factors(
-        self, layer: Layer, merged: Change, alike: Alike, rank: int | None
-    ) -> tuple[Factors | None, str]:
+    def _factors(self, layer: Layer, merged: Change, alike: Alike, rank: int | None) -> tuple[Factors | None, str]:
         spec = self.spec
         if not spec.cuts and not layer.has_factors:
             return None, NOTHING if self._is_nothing(whole(merged), alike) else WHOLE
         wanted = rank or spec.rank or (layer.rank if spec.energy is None else min(layer.size))
+        wanted = min(wanted, *layer.size)
         if isinstance(merged, LowRank):
             return self._of_low_rank(merged, wanted, alike)
         if self._is_nothing(merged, alike):
             return None, NOTHING
         matrix = _matrix(merged)
-        wanted = min(wanted, *layer.size)
         basis = decompose(matrix, wanted, "auto" if spec.energy is None else "exact", spec.seed)
         if spec.energy is not None:
             wanted = rank_rules.by_energy(basis.S, matrix.energy, spec.energy, complete=True) or wanted
         return factorise(matrix, basis, wanted, self.dtype), BY_MATRIX
 
     def _of_low_rank(self, merged: LowRank, wanted: int, alike: Alike) -> tuple[Factors | None, str]:
-        """Columns side by side where no cut is asked for, unless they cancel so much that rounding would show."""
+        """Columns side by side where all are kept, unless they cancel so much that rounding would show."""
         plain = None
-        if not self.spec.cuts and merged.rank <= wanted:
+        if self.spec.energy is None and self.spec.size is None and merged.rank <= wanted:
             plain = rounded(merged, self.dtype, alike.of_sum if self.spec.way.is_exact else None)
             precise = plain.error2 <= _POOR * torch.finfo(self.dtype).eps ** 2 * plain.energy
             if precise and plain.energy > _CANCELLED * alike.of_terms:
