@@ -1,10 +1,16 @@
-"""Run the linter, the type checker and the tests, and sum up the results."""
+"""Run the linter, the type checker and the tests, and sum up the results.
+
+Both test environments are worked on side by side, each with its share of the cores: much of a test's time is waiting,
+for a browser or another process. What the second says is shown when the first is done.
+"""
 
 import argparse
 import os
 import subprocess
 import tempfile
+import threading
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +24,7 @@ ENVIRONMENTS = {
 PARTS = ("lint", *ENVIRONMENTS)
 
 PYTEST_NO_TESTS = 5
+_SETTING_UP = threading.Lock()  # packages are installed for one at a time
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,14 @@ def run(root: Path, arguments: list[str]) -> int:
     total = Counts()
     if "lint" in parts:
         failed_steps += lint(root)
-    for part in parts:
-        if part in ENVIRONMENTS:
-            counts, status = run_pytest(root, part, pytest_arguments)
+    wanted = [part for part in parts if part in ENVIRONMENTS]
+    with ThreadPoolExecutor(max(1, len(wanted))) as pool:
+        runs = [
+            pool.submit(run_pytest, root, part, pytest_arguments, aside=index > 0, beside=len(wanted))
+            for index, part in enumerate(wanted)
+        ]
+        for part, run in zip(wanted, runs, strict=True):
+            counts, status = run.result()
             total += counts
             if status not in (0, PYTEST_NO_TESTS):
                 failed_steps.append(f"pytest in {part}")
@@ -95,14 +107,28 @@ def lint(root: Path) -> list[str]:
     return [name for name, command in commands.items() if _call(name, command, root, dict(os.environ))]
 
 
-def run_pytest(root: Path, part: str, arguments: list[str]) -> tuple[Counts, int]:
-    """Run the tests in one environment and return the counts and pytest's exit status."""
-    python = python_of(root, part)
-    env = {**os.environ, chromium.VARIABLE: chromium.find_here(python)}
+def run_pytest(
+    root: Path, part: str, arguments: list[str], *, aside: bool = False, beside: int = 1
+) -> tuple[Counts, int]:
+    """Run the tests in one environment and return the counts and pytest's exit status.
+
+    aside: keep what it says until it is done.  beside: how many environments run at once.
+    """
+    with _SETTING_UP:
+        python = python_of(root, part)
+        env = {**os.environ, chromium.VARIABLE: chromium.find_here(python)}
+    if beside > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // beside)))
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
+        report, said = Path(folder) / "junit.xml", Path(folder) / "said.txt"
         command = [str(python), "-m", "pytest", f"--junitxml={report}", *arguments]
-        status = _call(f"pytest in {part}", command, root, env)
+        title = f"pytest in {part}"
+        if not aside:
+            status = _call(title, command, root, env)
+        else:
+            with said.open("w") as file:
+                status = subprocess.call(command, cwd=root, env=env, stdout=file, stderr=subprocess.STDOUT)
+            print(f"\n=== {title}", said.read_text(errors="replace"), sep="\n", flush=True)
         return read_junit(report), status
 
 

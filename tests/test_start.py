@@ -179,13 +179,13 @@ class TestResults:
     def test_the_last_line_sums_both_runs(self, tmp_path, monkeypatch, capsys, failing, summary, status):
         one_run = (checks.Counts(2, 1), 1) if "tests" in failing else (checks.Counts(3, 0), 0)
         monkeypatch.setattr(checks, "lint", lambda root: [name for name in failing if name == "ruff"])
-        monkeypatch.setattr(checks, "run_pytest", lambda root, part, arguments: one_run)
+        monkeypatch.setattr(checks, "run_pytest", lambda root, part, arguments, **more: one_run)
         assert checks.run(tmp_path, []) == status
         assert capsys.readouterr().out.splitlines()[-1] == summary
 
     def test_a_run_of_no_tests_fails(self, tmp_path, monkeypatch):
         monkeypatch.setattr(
-            checks, "run_pytest", lambda root, part, arguments: (checks.Counts(), checks.PYTEST_NO_TESTS)
+            checks, "run_pytest", lambda root, part, arguments, **more: (checks.Counts(), checks.PYTEST_NO_TESTS)
         )
         assert checks.run(tmp_path, ["--only", "gradio4"]) == 1
 
