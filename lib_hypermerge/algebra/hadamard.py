@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from ..lazy import torch
 from .lowrank import Matrix, check_range, decompose, factorise
 
-_SLAB = 1 << 20  # elements of A that are looked at together
-_NUMBERS = 1 << 22  # float64 numbers of small systems that are solved together
+_SLAB = 1 << 19  # elements of A that are looked at together
+_NUMBERS = 1 << 18  # float64 numbers of small systems that are solved together: a cache full
 _PROXIMAL = 1e-6  # of a system's mean diagonal
 _TRIAL = 4  # sweeps that every start gets
 _MOST = 40  # sweeps of the best one
@@ -132,6 +132,8 @@ def _solved(A: torch.Tensor, up: torch.Tensor, down: torch.Tensor, other: Pair) 
     target = _projected(A, down, other)  # (n, R)
     rows, columns = torch.triu_indices(R, R, device=up.device)
     twice = torch.where(rows == columns, 1.0, 2.0).to(up)  # each pair stands for two entries
+    place = torch.empty(R, R, dtype=torch.int64, device=up.device)
+    place[rows, columns] = place[columns, rows] = torch.arange(len(rows), device=up.device)
     pairs, others = down[rows] * down[columns], other[1][rows] * other[1][columns]  # (T, k)
     few = len(rows) * (n + down.shape[1]) < n * down.shape[1]
     table = others @ pairs.mT if few else None
@@ -143,34 +145,29 @@ def _solved(A: torch.Tensor, up: torch.Tensor, down: torch.Tensor, other: Pair) 
             packed = (up2[:, rows] * up2[:, columns] * twice) @ table  # (slab, T)
         else:
             packed = (up2 @ other[1]).square_() @ pairs.mT
-        new, gain = _proximal(_small(packed), _small(target[part]), _small(up[part]), rows.cpu(), columns.cpu())
+        G = _small(packed.index_select(1, place.flatten())).view(-1, R, R)
+        new, gain = _proximal(G, _small(target[part]), _small(up[part]))
         made.append(new.to(up))
         gained += gain
     return torch.cat(made), max(A.numel() - gained, 0.0)  # A is scaled to that energy
 
 
-def _proximal(
-    packed: torch.Tensor, target: torch.Tensor, old: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-) -> tuple[torch.Tensor, float]:
-    """(rows b, Σ of what they take off the energy) from upper triangles of G (m, T) and the right sides (m, R).
+def _proximal(G: torch.Tensor, target: torch.Tensor, old: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(rows b, Σ of what they take off the energy) from normal matrices G (m, R, R) and right sides (m, R).
 
     b = old + (G + λI)⁻¹·(target − G·old), which lowers bᵀGb − 2·target·b for every λ > 0; what rounding
-    makes worse stays as it was.
+    makes worse stays as it was.  G is not kept.
     """
-    m, R = old.shape
-    rows, columns = rows.to(old.device), columns.to(old.device)
-    G = old.new_zeros(m, R, R)
-    G[:, rows, columns] = packed
-    G[:, columns, rows] = packed
+    damping = (_PROXIMAL * G.diagonal(dim1=1, dim2=2).mean(1) + 1e-30)[:, None]
+    G.diagonal(dim1=1, dim2=2).add_(damping)
 
-    def taken(b: torch.Tensor) -> torch.Tensor:
-        return (b * (2 * target - torch.einsum("mrs,ms->mr", G, b))).sum(1)
+    def times(b: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(G, b[..., None])[..., 0] - damping * b
 
-    slope = target - torch.einsum("mrs,ms->mr", G, old)
-    damped = G + torch.diag_embed((_PROXIMAL * G.diagonal(dim1=1, dim2=2).mean(1) + 1e-30)[:, None].expand(m, R))
-    L, bad = torch.linalg.cholesky_ex(damped)
+    slope = target - times(old)
+    L, bad = torch.linalg.cholesky_ex(G)
     new = old + torch.cholesky_solve(slope[..., None], L)[..., 0]
-    before, after = taken(old), taken(new)
+    before, after = ((b * (2 * target - times(b))).sum(1) for b in (old, new))
     keep = (bad != 0) | ~(after >= before)  # not a number is not better
     return torch.where(keep[:, None], old, new), float(torch.where(keep, before, after).sum())
 
