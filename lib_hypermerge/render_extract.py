@@ -30,7 +30,7 @@ def text(report: Report) -> list[str]:
     ranks = [int(rank) for rank in d["ranks"]]
     span = "–".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else "none"
     methods = ", ".join(f"{count} {method}" for method, count in sorted(d["methods"].items()))
-    lines.append(f"  rank {span}; {methods}")
+    lines.append(f"  rank {span}; {methods}" if ranks else f"  {methods}")
     if d["families"]:
         kinds = counts({FAMILIES[family]: layers for family, layers in d["family_layers"].items()})
         lines.append(f"  written as {kinds}{_gain(d['gain'])}; compared {sampled(d)}:")
@@ -45,7 +45,7 @@ def compared(d: dict[str, Any]) -> list[tuple[str, str]]:
     for row in d["families"]:
         told = f"{mib(row['bytes'])}, error {percent(row['relative_error'])}"
         if row["family"] != "lora":
-            told += (f", {percent(row['gain'])} less than a LoRA of its size; closer in {row['layers']} of "
+            told += (f", {percent(_rounded(row['gain']))} less than a LoRA of its size; closer in {row['layers']} of "
                      f"{d['families_measured']['layers']} layers")  # fmt: skip
         rows.append((FAMILIES[row["family"]], told))
     return rows
@@ -58,7 +58,12 @@ def sampled(d: dict[str, Any]) -> str:
 
 
 def _gain(gain: float | None) -> str:
-    return f", {percent(gain)} less than a LoRA of its size" if gain else ""
+    return f", {percent(gain)} less than a LoRA of its size" if gain and _rounded(gain) else ""
+
+
+def _rounded(gain: float) -> float:
+    """Without what only rounding makes of two equal errors."""
+    return 0.0 if abs(gain) < 1e-6 else gain
 
 
 def _could(d: dict[str, Any]) -> str:
