@@ -81,9 +81,12 @@ def columns(made: HyperSet, model: Path) -> tuple[list[tuple[str, str]], list[np
 
 
 def dense_fit(changes: list[np.ndarray], directions: list[list[np.ndarray]]) -> np.ndarray:
+    """Least squares over all numbers. By plain sums: on some processors the OpenBLAS that numpy brings gets the
+    least squares of millions of rows wrong, now and then."""
     b = np.concatenate(changes)
-    A = np.stack([np.concatenate(each) for each in zip(*directions, strict=True)], axis=1)
-    return np.linalg.lstsq(A, b, rcond=1e-6)[0]
+    columns = [np.concatenate(each) for each in zip(*directions, strict=True)]
+    gram = np.array([[(x * y).sum() for y in columns] for x in columns])
+    return np.linalg.pinv(gram, rcond=1e-12, hermitian=True) @ np.array([(x * b).sum() for x in columns])
 
 
 def error_of(changes: list[np.ndarray], directions: list[list[np.ndarray]], weights: list[np.ndarray]) -> float:
