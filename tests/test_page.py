@@ -272,8 +272,10 @@ def test_only_what_awaits_a_job_stands_in_the_queue(site: Site) -> None:
     waiting = [d for d in dependencies if d["queue"] is not False and d["backend_fn"]]
     panels = [panel_of(site.runner, verb) for verb in VERBS]
     assert len(waiting) == sum(2 + bool(panel.preview) for panel in panels)  # run, preview and resume
-    # what would happen, asked for at every change and after a run; interrupt, refresh and load
-    assert len(at_once) == sum(len(panel.components) + 1 + 3 for panel in panels)
+    # what would happen, asked for at every change and after a run; interrupt, refresh and load; reading a prompt
+    reading = sum(control.wire is not None for panel in panels for control in panel.controls.values())
+    assert reading == 1
+    assert len(at_once) == sum(len(panel.components) + 1 + 3 for panel in panels) + reading
 
 
 def test_a_webui_stores_each_label_s_default_once(site: Site) -> None:
