@@ -52,12 +52,9 @@ class Result:
 
     def add(self, made: Made, number: int) -> None:
         rung = made.rungs[number]
-        if made.unit is not None and rung.energy > 0:
-            sums = self.measures.blocks[made.unit.module.component, made.unit.module.block]
-            sums[0] += rung.error2
-            sums[1] += rung.energy
-        elif rung.energy > 0:
-            sums = self.measures.blocks["other", "-"]
+        if rung.energy > 0:
+            module = None if made.unit is None else made.unit.module
+            sums = self.measures.blocks[("other", "-") if module is None else (module.component, module.block)]
             sums[0] += rung.error2
             sums[1] += rung.energy
         self.compared += rung.compared
