@@ -167,4 +167,9 @@ def test_a_host_without_styles_offers_none(site: Site) -> None:
     assert panel_of(site.runner, HYPER).styles is not None
     assert panel_of(Runner(FolderHost(site.checkpoints, site.loras)), HYPER).styles is None
     assert all(panel_of(site.runner, verb).styles is None for verb in VERBS if verb != HYPER)
-    assert all(panel_of(site.runner, verb).preview is None for verb in VERBS if verb != HYPER)
+
+
+def test_the_jobs_with_a_preview_have_a_button_for_it(site: Site) -> None:
+    assert {verb for verb in VERBS if panel_of(site.runner, verb).preview is not None} == {
+        HYPER, "resize", "combine", "transfer"
+    }  # fmt: skip
