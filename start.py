@@ -1,8 +1,10 @@
 """Set up and start Hypermerge outside a WebUI.
 
-    python start.py demo [arguments]    make small models, extract a LoRA from them, check it
+    python start.py demo [arguments]    fine-tune a small model, extract a LoRA from it, draw with it
     python start.py ui [arguments]      open the standalone page in the browser (--no-browser: only serve it)
     python start.py test [arguments]    lint, type-check and run every test
+    python start.py family [arguments]  train the small models of docs/evidence.md
+    python start.py evidence            make every table and picture of docs/evidence.md from them
     python start.py VERB [arguments]    run `python -m lib_hypermerge VERB [arguments]`
 
 The first start of each kind makes a virtual environment beside this file
@@ -39,7 +41,12 @@ from dev import checks, environments  # noqa: E402
 ROOT = Path(__file__).resolve().parent
 
 # Verbs that have a module of their own; any other goes to the command line.
-MODULE_OF_VERB = {"demo": "lib_hypermerge.demo", "ui": "lib_hypermerge.ui"}
+MODULE_OF_VERB = {
+    "ui": "lib_hypermerge.ui",
+    "demo": "benchmarks.family.demo",
+    "family": "benchmarks.family.train",
+    "evidence": "benchmarks.family.evidence",
+}
 
 
 def module_command(verb: str, arguments: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights with true keys: for the demo, the tests and the benchmarks."""
+"""Checkpoints of random weights with true keys: for the tests and the benchmarks."""
 
 from __future__ import annotations
 
@@ -42,19 +42,6 @@ def random_weight(key: str, shape: tuple[int, ...], generator: torch.Generator) 
     fan_in = torch.Size(shape[1:]).numel()
     scale = 0.02 if "embedding" in key else 0.7 / fan_in**0.5
     return torch.randn(shape, generator=generator) * scale
-
-
-def low_rank(rank: int, strength: float = 0.1, only: Callable[[str], bool] = lambda key: True) -> Tune:
-    """Tune every matrix and convolution by a random change of exactly this rank."""
-
-    def tune(key: str, weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if weight.dim() < 2 or "first_stage" in key or "embedding" in key or not only(key):
-            return weight
-        flat = weight.flatten(1)
-        change = _product(flat.shape, torch.ones(min(rank, *flat.shape)), generator)
-        return weight + (strength * flat.norm() / change.norm() * change).reshape(weight.shape)
-
-    return tune
 
 
 def decaying(power: float = 0.7, directions: int = 256, strength: float = 0.05, tail: float = 0.1) -> Tune:

@@ -41,7 +41,6 @@ MAY_USE = {
     "cli": {"jobs", "hosts", "render", "flags", "words"},
     "api": {"jobs"},
     "ui": {"jobs", "hosts", "render", "words", "api"} | RENDERS,
-    "demo": {"jobs", "hosts", "render", "files", "layouts", "synthetic"},
     "__main__": {"cli"},
     "__init__": set(),
     "errors": set(),

@@ -1,6 +1,6 @@
 """start.py's decisions: when to make an environment, which browser, how results add up."""
 
-import importlib
+import importlib.util
 import os
 import socket
 import subprocess
@@ -34,8 +34,16 @@ class TestVersionCheck:
 
 class TestVerbs:
     def test_demo_and_ui_have_modules_of_their_own(self):
-        assert start.module_command("demo", ["--x"]) == ["-m", "lib_hypermerge.demo", "--x"]
+        assert start.module_command("demo", ["--x"]) == ["-m", "benchmarks.family.demo", "--x"]
         assert start.module_command("ui", []) == ["-m", "lib_hypermerge.ui"]
+
+    @pytest.mark.parametrize("verb", start.MODULE_OF_VERB)
+    def test_every_module_of_a_verb_can_be_run(self, verb):
+        name = start.MODULE_OF_VERB[verb]
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        if spec.submodule_search_locations is not None:
+            assert importlib.util.find_spec(f"{name}.__main__") is not None
 
     def test_any_other_verb_goes_to_the_command_line(self):
         assert start.module_command("merge", ["a", "b"]) == ["-m", "lib_hypermerge", "merge", "a", "b"]

@@ -1,0 +1,57 @@
+"""All tables and pictures of docs/evidence.md, from the models of the family.
+
+python start.py evidence [--only family extraction hyper …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from ..train import FOLDER, train
+from .study import Study
+from .tables import fill
+
+QUESTIONS = {
+    "family": "family", "extraction": "extraction", "resize": "resizing", "hyper": "hypermerge", "combine": "combining",
+    "transfer": "transferring",
+}  # fmt: skip
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="start.py evidence", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument(
+        "--family", type=Path, default=FOLDER, help="where the family is, or goes to if it is not trained yet"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), metavar="QUESTION", help=", ".join(QUESTIONS)
+    )
+    parser.add_argument(
+        "--docs", type=Path, default=DOCS, help="the folder with evidence.md; pictures go to evidence/ in it"
+    )
+    options = parser.parse_args(arguments)
+    train(options.family)
+    torch.set_num_threads(2)
+    work = options.family / "evidence"
+    study = Study(options.family, work)
+    for question in QUESTIONS:
+        if question in options.only:
+            start = time.perf_counter()
+            module = import_module(f".{QUESTIONS[question]}", __package__)
+            for name, content in module.answer(study, options.docs / "evidence").items():
+                print(f"\n{name}\n{content}", flush=True)
+                fill(options.docs / "evidence.md", name, content)
+            print(f"{question}: {time.perf_counter() - start:.0f} s", flush=True)
+    shutil.rmtree(work)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

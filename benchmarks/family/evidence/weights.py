@@ -1,0 +1,31 @@
+"""Arithmetic on whole checkpoints, as people do it by hand, and how far two are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def change(base: Path, other: Path) -> float:
+    """‖other − base‖ / ‖base‖ over all floating-point tensors but the autoencoder's, in float64."""
+    first, second = load_file(base), load_file(other)
+    keys = [key for key in first if first[key].is_floating_point() and not key.startswith("first_stage_model.")]
+    moved = sum(float((second[key].double() - first[key].double()).square().sum()) for key in keys)
+    return (moved / sum(float(first[key].double().square().sum()) for key in keys)) ** 0.5
+
+
+def weighted_sum(models: Mapping[Path, float], out: Path) -> Path:
+    """Σ weight · model, tensor by tensor in float32, written as fp16: what checkpoint mergers do."""
+    total: dict[str, torch.Tensor] = {}
+    for file, weight in models.items():
+        for key, tensor in load_file(file).items():
+            if not tensor.is_floating_point():
+                total[key] = tensor
+            else:
+                total[key] = total.get(key, torch.zeros((), dtype=torch.float32)) + weight * tensor.float()
+    kept = {key: t.half() if t.is_floating_point() else t for key, t in total.items()}
+    save_file(kept, out, metadata={"format": "pt"})
+    return out
