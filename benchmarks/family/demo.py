@@ -62,11 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     save_sheet(folder / "pictures.png", rows, heads, label=110)
     apart, left = (float((drawn - of_tuned).abs().mean()) / 2 for drawn in (of_base, of_both))
     close = left < apart / 2
-    print(
-        f"The fine-tune's pictures differ from the base's by {percent(apart)} of full range, from those of base + LoRA by"
-    )
-    print(f"{percent(left)}{'.' if close else ': too much.'} The LoRA has {mib(lora.stat().st_size)}, the fine-tune"
-          f" {mib(tuned.stat().st_size)}.")  # fmt: skip
+    print(f"The fine-tune's pictures differ from the base's by {percent(apart)} of full range, and from those of")
+    print(f"base + LoRA by {percent(left)}{'.' if close else ': too much.'}", end=" ")
+    print(f"The LoRA has {mib(lora.stat().st_size)}, the fine-tune {mib(tuned.stat().st_size)}.")
     print(f"Side by side: {folder / 'pictures.png'}")
     print(f"The WebUI loads the checkpoints in {folder} with the .yaml beside each; draw 64×64 pixels.")
     return 0 if close else 1

@@ -1,0 +1,149 @@
+"""Extract, merge, combine and resize beside sd-scripts' tools for the same: the same files, in one run.
+
+python benchmarks/public_tools.py SD_SCRIPTS [--script-python PYTHON] [--jobs extract merge combine resize] …
+
+SD_SCRIPTS is a checkout of kohya-ss/sd-scripts, the Python one that its networks/*.py run on. Files are of SD1.5's true
+widths. Prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from measuring import ROOT, ChildError, Run, machine, run, summary, warm
+
+HERE = Path(__file__).resolve().parent
+TABLE = ROOT / "lib_hypermerge" / "layouts" / "tables" / "sd15.json"
+RANK, HIGH = 32, 128
+
+
+@dataclass(frozen=True)
+class Job:
+    """What it reads, our arguments, the tool's; `{out}` is the file that either writes."""
+
+    title: str
+    reads: list[Path]
+    ours: list[str | Path]
+    tool: str
+    theirs: list[str | Path]
+    compare: list[str | Path] = field(default_factory=list)  # arguments of public_errors.py before the two results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    versions = _versions(options)
+    print(f"{machine()}; {options.threads} threads; {versions}", flush=True)
+    rows = []
+    for name, job in _jobs(options).items():
+        if name in options.jobs:
+            rows.append(_row(options, name, job))
+            print(f"{name}: {rows[-1]}", file=sys.stderr, flush=True)
+    heads = ("job", "ours, s", "MiB", "misses", "tool", "s", "MiB", "misses", "tool / ours")
+    for row in (heads, ("---",) * len(heads), *rows):
+        print("| " + " | ".join(row) + " |")
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("scripts", type=Path, metavar="SD_SCRIPTS", help="a checkout of kohya-ss/sd-scripts")
+    parser.add_argument("--script-python", default=sys.executable, help="the Python that runs it")
+    parser.add_argument("--jobs", nargs="+", choices=("extract", "merge", "combine", "resize"),
+                        default=["extract", "merge", "combine", "resize"])  # fmt: skip
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads on both sides (default: 2)")
+    parser.add_argument("--runs", type=int, default=3, help="of ours; the tool runs once (default: 3)")
+    parser.add_argument("--scratch", type=Path, default=HERE / "scratch", help="where the files are kept")
+    options = parser.parse_args(arguments)
+    options.scratch, options.scripts = options.scratch.resolve(), options.scripts.resolve()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(options.scripts), os.environ.get("PYTHONPATH", "")])
+    return options
+
+
+def _versions(options: argparse.Namespace) -> str:
+    ask = "import torch, numpy, safetensors; print('torch', torch.__version__, 'numpy', numpy.__version__)"
+    told = [subprocess.check_output([python, "-c", ask], text=True).strip()
+            for python in (sys.executable, options.script_python)]  # fmt: skip
+    return f"ours on {told[0]}, the tools on {told[1]}"
+
+
+def _jobs(options: argparse.Namespace) -> dict[str, Job]:
+    """The files of all of them, made once and kept."""
+    folder = options.scratch / "sd15"
+    base, tuned, layers = folder / "base.safetensors", folder / "tuned.safetensors", folder / "layers.json"
+    if not layers.exists():
+        run([sys.executable, HERE / "pairs.py", TABLE, folder], options.threads)
+    high = folder / f"high{HIGH}.safetensors"
+    if not high.exists():
+        run([sys.executable, HERE / "resize_files.py", "sd15", str(HIGH), high, "--conv"], options.threads)
+    one, other = folder / f"one{RANK}.safetensors", folder / f"other{RANK}.safetensors"
+    for lora, verb in ((one, ["extract", "--base", base, "--tuned", tuned]), (other, ["resize", "--lora", high])):
+        if not lora.exists():
+            run([sys.executable, "-m", "lib_hypermerge", *verb, "--out", lora, "--rank", str(RANK), "--quiet"],
+                options.threads)  # fmt: skip
+    rank = str(RANK)
+    written = ["--save_to", "{out}", "--save_precision", "fp16"]
+    return {
+        "extract": Job(
+            f"extract, rank {rank}", [base, tuned],
+            ["extract", "--base", base, "--tuned", tuned, "--rank", rank], "extract_lora_from_models.py",
+            ["--model_org", base, "--model_tuned", tuned, "--dim", rank, "--conv_dim", rank, "--device", "cpu",
+             *written],
+            ["extract", base, tuned, layers],
+        ),
+        "merge": Job(
+            f"merge a LoRA of rank {rank}", [base, one],
+            ["merge", "--checkpoint", base, "--lora", one, "0.8"], "merge_lora.py",
+            ["--sd_model", base, "--models", one, "--ratios", "0.8", "--precision", "float", *written],
+        ),
+        "combine": Job(
+            f"combine two of rank {rank} into {rank}", [one, other],
+            ["combine", "--lora", one, "0.7", "--lora", other, "0.3", "--rank", rank], "svd_merge_lora.py",
+            ["--models", one, other, "--ratios", "0.7", "0.3", "--new_rank", rank, "--new_conv_rank", rank,
+             "--precision", "float", "--device", "cpu", *written],
+            ["loras", f"0.7={one}", f"0.3={other}"],
+        ),
+        "resize": Job(
+            f"resize, rank {HIGH} to {rank}", [high], ["resize", "--lora", high, "--rank", rank], "resize_lora.py",
+            ["--model", high, "--new_rank", rank, "--new_conv_rank", rank, "--device", "cpu", *written],
+            ["loras", f"1={high}"],
+        ),
+    }  # fmt: skip
+
+
+def _row(options: argparse.Namespace, name: str, job: Job) -> tuple[str, ...]:
+    ours, theirs = (options.scratch / f"public-{name}-{side}.safetensors" for side in ("ours", "tool"))
+    runs: list[Run] = []
+    for _ in range(options.runs):
+        ours.unlink(missing_ok=True)
+        warm(*job.reads)
+        runs.append(run([sys.executable, "-m", "lib_hypermerge", *job.ours, "--out", ours, "--json", "--quiet",
+                         "--threads", str(options.threads)], options.threads))  # fmt: skip
+    own = summary(runs)
+    warm(*job.reads)
+    theirs.unlink(missing_ok=True)
+    command = [str(theirs) if part == "{out}" else part for part in job.theirs]
+    cells = [f"{own['wall_median']:.1f}", f"{own['peak_mib']:.0f}"]
+    try:
+        child = run([options.script_python, options.scripts / "networks" / job.tool, *command], options.threads)
+    except ChildError as error:
+        return (job.title, *cells, "", job.tool, f"failed: {str(error).splitlines()[-1]}", "", "", "")
+    misses = ["", ""]
+    if job.compare:
+        found: dict[str, Any] = run(
+            [sys.executable, HERE / "public_errors.py", *job.compare, ours, theirs], options.threads
+        ).result
+        misses = [f"{100 * found[file.name]:.2f} %" for file in (ours, theirs)]
+    for file in (ours, theirs):
+        file.unlink()
+    ratio = child.wall / own["wall_median"]
+    return (job.title, *cells, misses[0], job.tool, f"{child.wall:.1f}", f"{child.peak:.0f}", misses[1], f"{ratio:.1f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
