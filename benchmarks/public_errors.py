@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+_UP = ".lora_up.weight"
 Factors = tuple[Tensor, Tensor]
 
 
@@ -39,8 +41,9 @@ def square(parts: list[Factors]) -> float:
 
 def of_pair(base: Path, tuned: Path, layers: Path, loras: list[Path]) -> dict[str, float]:
     missed, whole = dict.fromkeys((lora.name for lora in loras), 0.0), 0.0
-    with safe_open(base, "pt") as first, safe_open(tuned, "pt") as second:
-        files = {lora.name: safe_open(lora, "pt").__enter__() for lora in loras}
+    with ExitStack() as opened:
+        first, second = (opened.enter_context(safe_open(file, "pt")) for file in (base, tuned))
+        files = {lora.name: opened.enter_context(safe_open(lora, "pt")) for lora in loras}
         for layer in json.loads(layers.read_text()):
             change = _rows(second, layer["tuned"]) - _rows(first, layer["base"])
             whole += float(change.square().sum())
@@ -52,17 +55,17 @@ def of_pair(base: Path, tuned: Path, layers: Path, loras: list[Path]) -> dict[st
 
 
 def of_sum(terms: dict[Path, float], loras: list[Path]) -> dict[str, float]:
-    sources = [(safe_open(file, "pt").__enter__(), weight) for file, weight in terms.items()]
-    names = {key for file, _ in sources for key in set(file.keys())}
-    modules = sorted(name.removesuffix(".lora_up.weight") for name in names if name.endswith(".lora_up.weight"))
     missed, whole = dict.fromkeys((lora.name for lora in loras), 0.0), 0.0
-    files = {lora.name: safe_open(lora, "pt").__enter__() for lora in loras}
-    for module in modules:
-        parts = [part for file, weight in sources if (part := factors(file, module, weight)) is not None]
-        whole += square(parts)
-        for name, file in files.items():
-            found = factors(file, module)
-            missed[name] += square(parts if found is None else [*parts, (-found[0], found[1])])
+    with ExitStack() as opened:
+        sources = [(opened.enter_context(safe_open(file, "pt")), weight) for file, weight in terms.items()]
+        files = {lora.name: opened.enter_context(safe_open(lora, "pt")) for lora in loras}
+        names = {key for file, _ in sources for key in set(file.keys())}
+        for module in sorted(name.removesuffix(_UP) for name in names if name.endswith(_UP)):
+            parts = [part for file, weight in sources if (part := factors(file, module, weight)) is not None]
+            whole += square(parts)
+            for name, file in files.items():
+                found = factors(file, module)
+                missed[name] += square(parts if found is None else [*parts, (-found[0], found[1])])
     return {name: (max(0.0, value) / whole) ** 0.5 for name, value in missed.items()}
 
 

@@ -88,10 +88,12 @@ def train(seed: int, say: Callable[[str], None], steps: int, each: int = 5) -> J
     return judge
 
 
-def score(judge: Judge, seed: int, each: int = 100) -> dict[str, float]:
-    """The share of new drawings, of all manners, in which each head is right."""
+def score(
+    judge: Judge, seed: int, each: int = 100, through: Callable[[Tensor], Tensor] = lambda drawn: drawn
+) -> dict[str, float]:
+    """The share of new drawings, of all manners, in which each head is right; `through` changes them first."""
     pictures, right = _batch(each, torch.Generator().manual_seed(seed))
-    found = judge.find(pictures)
+    found = judge.find(through(pictures))
     shares = {}
     for name, classes in found.items():
         counted = right[name] >= 0

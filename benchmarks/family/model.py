@@ -18,7 +18,7 @@ from .unet import UNet
 # U-Net's first is two channels a group of its norms: with one, its output could not be brighter or darker as a whole.
 # They are whole multiples of the first, for the WebUI is told these.
 WIDTHS, VAE_WIDTHS = (64, 128, 64, 64), (32, 64, 96, 96)
-TEXT_WIDTH, TEXT_HEADS, HEADS = 64, 4, 8
+TEXT_WIDTH, TEXT_HEADS, HEADS = 64, 4, 2
 PREFIXES = {
     "unet": "model.diffusion_model.", "text": "cond_stage_model.transformer.", "vae": "first_stage_model."
 }  # fmt: skip

@@ -10,12 +10,13 @@ same kind of processor.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from . import hosts, judge, text_training, unet_training, vae_training
 from .autoencoder import Autoencoder
 from .captions import SCENES, Tokenizer
 from .members import BASE, EVERY, SECOND, Member
-from .model import VAE_WIDTHS, Model, load, new_unet, save
+from .model import HEADS, VAE_WIDTHS, WIDTHS, Model, load, new_unet, save
 
 FOLDER = Path(__file__).resolve().parents[1] / "scratch" / "family"
 Say = Callable[[str], None]
@@ -39,12 +40,12 @@ class Effort:
     """Steps of each kind of training; how many pictures a base sees, and a fine-tune."""
 
     vae: int = 2200
-    text: int = 500
-    base: int = 2000
-    tuned: int = 300
+    text: int = 350
+    base: int = 1300
+    tuned: int = 200
     judge: int = 1200
-    pictures: int = 6144
-    tuned_pictures: int = 1536
+    pictures: int = 4096
+    tuned_pictures: int = 1024
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="parts trained side by side")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    train(options.folder, options.workers)
+    try:
+        train(options.folder, options.workers)
+    except OtherFamilyError as error:
+        print(f"start.py family: {error}", file=sys.stderr)
+        return 1
     print(f"{time.perf_counter() - start:.0f} s; the family is in {options.folder}")
     return 0
 
@@ -62,9 +67,14 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
+class OtherFamilyError(Exception):
+    """The folder holds parts that were trained otherwise: they must not be mixed."""
+
+
 def train(folder: Path, workers: int = 2, effort: Effort = Effort()) -> None:
-    """Everything that is not there yet, in the order that it depends on each other."""
+    """Everything that is not there yet, in the order that it depends on each other. Raises OtherFamilyError."""
     folder.mkdir(parents=True, exist_ok=True)
+    _check_stamp(folder, effort)
     needs = {VAE: [], BASE: [VAE], SECOND: [VAE], JUDGE: [VAE], **{member.name: [member.parent] for member in EVERY}}
     waiting = [name for name in needs if not file_of(folder, name).exists()]
     running: dict[Future[None], str] = {}
@@ -80,6 +90,19 @@ def train(folder: Path, workers: int = 2, effort: Effort = Effort()) -> None:
                 future.result()
                 del running[future]
     hosts.write_configurations(folder, [name for name in needs if name not in (VAE, JUDGE)])
+
+
+def _check_stamp(folder: Path, effort: Effort) -> None:
+    """What the folder's parts were trained with must be what is wanted now."""
+    told = json.dumps({**asdict(effort), "widths": WIDTHS, "vae_widths": VAE_WIDTHS, "heads": HEADS}, sort_keys=True)
+    stamp = folder / "trained-with.json"
+    before = stamp.read_text(encoding="utf-8") if stamp.exists() else None
+    if before is None and not any(folder.glob("*.safetensors")):
+        stamp.write_text(told, encoding="utf-8")
+    elif before != told:
+        raise OtherFamilyError(
+            f"{folder} holds a family trained with other settings: remove it, or name another folder."
+        )
 
 
 def train_part(folder: Path, name: str, effort: Effort) -> None:

@@ -12,6 +12,7 @@ from .captions import Scene
 from .drawing import draw
 from .model import Model
 from .sampling import signal_shares
+from .vae_training import fast_bfloat16
 
 _EMPTY = 0.1  # share of captions left empty, for guidance
 
@@ -20,7 +21,8 @@ _EMPTY = 0.1  # share of captions left empty, for guidance
 def encode(model: Model, scenes: list[Scene], manner: str, random: torch.Generator) -> Tensor:
     """Latents [n, 4, 8, 8] of a drawing of each scene."""
     parts = [scenes[start : start + 64] for start in range(0, len(scenes), 64)]
-    return torch.cat([model.vae.encode(draw(part, manner, random)) for part in parts])
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
+        return torch.cat([model.vae.encode(draw(part, manner, random)).float() for part in parts])
 
 
 def fit(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..train import FOLDER, train
+from ..train import FOLDER, OtherFamilyError, train
 from .study import Study
 from .tables import fill
 
@@ -37,20 +37,29 @@ def main(arguments: list[str] | None = None) -> int:
         "--docs", type=Path, default=DOCS, help="the folder with evidence.md; pictures go to evidence/ in it"
     )
     options = parser.parse_args(arguments)
-    train(options.family)
+    try:
+        train(options.family)
+    except OtherFamilyError as error:
+        print(f"start.py evidence: {error}", file=sys.stderr)
+        return 1
     torch.set_num_threads(2)
-    work = options.family / "evidence"
-    study = Study(options.family, work)
     for question in QUESTIONS:
         if question in options.only:
-            start = time.perf_counter()
-            module = import_module(f".{QUESTIONS[question]}", __package__)
-            for name, content in module.answer(study, options.docs / "evidence").items():
-                print(f"\n{name}\n{content}", flush=True)
-                fill(options.docs / "evidence.md", name, content)
-            print(f"{question}: {time.perf_counter() - start:.0f} s", flush=True)
-    shutil.rmtree(work)
+            _answer(question, options.family, options.docs)
     return 0
+
+
+def _answer(question: str, family: Path, docs: Path) -> None:
+    """Its tables into the page, its pictures beside it; nothing else is left."""
+    start, work = time.perf_counter(), family / "evidence"
+    module = import_module(f".{QUESTIONS[question]}", __package__)
+    try:
+        for name, content in module.answer(Study(family, work), docs / "evidence").items():
+            print(f"\n{name}\n{content}", flush=True)
+            fill(docs / "evidence.md", name, content)
+    finally:
+        shutil.rmtree(work)
+    print(f"{question}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,85 +3,80 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..members import BASE
-from .extraction import first_seed, lora
-from .hypermerge import ORDER, Merge
+from .extraction import lora
+from .hypermerge import BUDGET, ORDER, WAYS, Merge
 from .sheets import save_sheet
-from .study import Study
-from .tables import percent, table
+from .study import Likeness, Study, average
+from .tables import table
 from .weights import weighted_sum
 
 PAIRS = {"ink-night": ("ink", "night"), "night-stripes": ("stripes", "night")}
 RANK = 16
-METHODS: dict[str, dict[str, object]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
     "TIES": {"method": "ties"},
-    "DARE": {"method": "dare"},
-    "DARE and TIES": {"method": "dare-ties"},
+    "DARE, three seeds": {"method": "dare"},
     "KnOTS": {"method": "knots"},
     "TSV": {"method": "tsv"},
     "Iso-C": {"method": "iso-c"},
     "SVD-aligned": {"method": "aligned"},
 }
+WEIGHTS = (0.7, 1.0, 1.4)
+SHOWN = (
+    "trained on both", "linear, 1", "linear, 0.7", "TIES, 1.4", "KnOTS, 1.4", "TSV, 1", "Iso-C, 1",
+    "checkpoints averaged", "hyper-model",
+)  # fmt: skip
 
 
 def answer(study: Study, pictures: Path) -> dict[str, str]:
     rows: dict[str, list[str]] = {}
     sheet = []
+    # neither model that is asked for is among those that were merged
     joint = Merge(
-        study, "combining", tuple(name for name in ORDER if name != "ink-night"), size=2.0, allocation="layers"
+        study, "combining", [n for n in ORDER if n not in PAIRS], BUDGET, **WAYS["joint, ranks of the layers"]
     )
     for target, parts in PAIRS.items():
-        made = [lora(study, name, f"r{RANK}", rank=RANK)[0] for name in parts]
-        files: dict[str, Path] = {"trained on both": study.original(target)}
+        loras = [lora(study, name, f"r{RANK}", rank=RANK) for name in parts]
+        shown = {}
+        found: dict[str, Likeness] = {"trained on both": study.compare(study.original(target), target)}
+        shown["trained on both"] = study.original(target)
         for title, params in METHODS.items():
-            for weight in (1.0, 0.7) if title == "linear" else (1.0,):
-                label = f"{title} · {weight:g}" if title == "linear" else title
-                out = study.made(f"{target}-{title}-{weight}".replace(" ", "-"))
-                study.run("combine", loras=[{"lora": str(file), "weight": weight} for file in made], out=out, **params)
-                files[label] = study.merged(study.original(BASE), [(out, 1.0)], f"{out.stem}-applied")
-        first, second = (study.original(name) for name in parts)
-        files["checkpoints averaged"] = weighted_sum({first: 0.5, second: 0.5}, study.made(f"{target}-half"))
-        files["difference added (first + second − base)"] = weighted_sum(
-            {first: 1.0, second: 1.0, study.original(BASE): -1.0}, study.made(f"{target}-added")
-        )
-        files["hyper-model, multipliers added"] = _hyper(study, joint, target, parts)
-        for title, file in files.items():
-            study.forget(file)
-            found = study.compare(file, target)
-            rows.setdefault(title, [title]).extend([str(found.manner), str(found.asked), str(found.pixels)])
-        shown = (
-            "trained on both",
-            "linear · 1",
-            "TIES",
-            "KnOTS",
-            "TSV",
-            "Iso-C",
-            "checkpoints averaged",
-            "hyper-model, multipliers added",
-        )
-        sheet += [
-            (f"{target}\n{title}".replace(", ", ",\n"), first_seed(study, files[title], target)) for title in shown
-        ]
-    save_sheet(pictures / "combine.png", sheet, label=200)
-    heads = [f"{target}: {what}" for target in PAIRS for what in ("both manners %", "as asked %", "pixels %")]
-    return {"combine": table(["", *heads], rows.values())}
+            for weight in WEIGHTS:
+                label = f"{title}, {weight:g}"
+                likes = []
+                for seed in (0, 1, 2) if "DARE" in title else (0,):
+                    file = _combined(
+                        study, f"{target}-{title}-{weight}-{seed}", loras, weight, {**params, "seed": seed}
+                    )
+                    likes.append(study.compare(file, target))
+                    shown[label] = file
+                found[label] = average(likes)
+        for title, file in _by_hand(study, target, parts, joint).items():
+            found[title], shown[title] = study.compare(file, target), file
+        for title, likeness in found.items():
+            cells = [str(likeness.manner), str(likeness.asked), str(likeness.pixels), str(likeness.features)]
+            rows.setdefault(title, [title]).extend(cells)
+        sheet += [(f"{target}\n{title}", study.first_seed(shown[title], target)) for title in SHOWN]
+    save_sheet(pictures / "combine.png", sheet, label=180)
+    whats = ("both manners %", "as asked %", "pixels %", "features %")
+    return {"combine": table(["", *(f"{target}: {what}" for target in PAIRS for what in whats)], rows.values())}
 
 
-def _hyper(study: Study, merge: Merge, target: str, parts: tuple[str, ...]) -> Path:
-    """The multipliers of both models, less those of the one that is nearest to the base."""
-    d = merge.report.details
-    numbers = {
-        name: sum(d["multipliers"][part][name] for part in parts) - d["multipliers"]["turned"][name]
-        for name in (entry["name"] for entry in d["loras"])
+def _combined(study: Study, label: str, loras: list[Path], weight: float, params: dict[str, Any]) -> Path:
+    out = study.made(label.replace(" ", "-").replace(",", ""))
+    study.run("combine", loras=[{"lora": str(file), "weight": weight} for file in loras], out=out, **params)
+    return study.applied(study.original(BASE), out)
+
+
+def _by_hand(study: Study, target: str, parts: tuple[str, ...], joint: Merge) -> dict[str, Path]:
+    """What checkpoint mergers do, and multipliers of a hyper-model, as a prompt would have them."""
+    first, second = (study.original(name) for name in parts)
+    whole = {first: 1.0, second: 1.0, study.original(BASE): -1.0}
+    return {
+        "checkpoints averaged": study.new(weighted_sum({first: 0.5, second: 0.5}, study.made(f"{target}-half"))),
+        "difference added": study.new(weighted_sum(whole, study.made(f"{target}-added"))),
+        "hyper-model": joint.blend(joint.both(parts), f"{target}-hyper"),
     }
-    out = study.made(f"{target}-hyper")
-    study.run(
-        "restore", hyper=merge.folder / "combining.safetensors", out=out,
-        multipliers=",".join(f"{name}={number}" for name, number in numbers.items()),
-    )  # fmt: skip
-    return out
-
-
-__all__ = ["answer", "percent"]

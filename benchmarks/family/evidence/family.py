@@ -1,4 +1,4 @@
-"""Who the family are: what each draws, how far its weights and pictures are from the base's."""
+"""Who the family are: what each draws, how far weights and pictures are from its parent's; how good the judge is."""
 
 from __future__ import annotations
 
@@ -6,44 +6,50 @@ from pathlib import Path
 
 import torch
 
+from ..judge import HEADS, score
 from ..members import BASE, EVERY, SECOND
+from ..train import load_vae
 from .sheets import save_sheet
-from .study import PROMPTS, SEEDS, Study, captions_of, member_of
-from .tables import LIKENESS, likeness, percent, table
+from .study import SEEDS, Study, captions_of, member_of
+from .tables import percent, table
 from .weights import change
 
 ABOUT = {
     BASE: "trained from nothing on plain shapes",
-    SECOND: "the same, from another seed, with a text encoder of its own",
+    SECOND: "the same from another seed, with a text encoder of its own",
 }
+_UNSEEN = 12345
 
 
 def answer(study: Study, pictures: Path) -> dict[str, str]:
     rows, sheet = [], []
-    for name in [BASE, SECOND, *(member.name for member in EVERY)]:
+    for name in (BASE, SECOND, *(member.name for member in EVERY)):
         member = member_of(name)
-        parent = member.parent if member else BASE
-        own = study.compare(study.original(name), name)
-        as_base = study.compare(study.original(parent), name) if name != BASE else None
-        away = change(study.original(parent), study.original(name)) if name != BASE else None
-        rows.append([
-            name, member.about if member else ABOUT[name], percent(away), str(own.asked), str(own.manner),
-            str(as_base.pixels) if as_base else "", str(as_base.same) if as_base else "",
-        ])  # fmt: skip
-        shown = study.draw(study.original(name), name).pictures.unflatten(0, (len(PROMPTS), len(SEEDS)))
-        sheet.append((name, shown[:, 0]))
-    heads = [caption.replace(" on ", "\non ").replace("a ", "", 1) for caption in captions_of(BASE)[:: len(SEEDS)]]
+        file, parent = study.original(name), study.original(member.parent if member else BASE)
+        own = study.compare(file, name)
+        apart = ["", "", ""]
+        if name != BASE:
+            as_parent = study.compare(parent, name)
+            apart = [percent(change(parent, file)), str(as_parent.pixels), str(as_parent.same)]
+        rows.append([name, member.about if member else ABOUT[name], str(own.asked), str(own.manner), *apart])
+        sheet.append((name, study.first_seed(file, name)))
+    heads = [caption.replace(" on ", "\non ").removeprefix("a ") for caption in captions_of(BASE)[:: len(SEEDS)]]
     save_sheet(pictures / "family.png", sheet, heads)
-    heads = [
-        "model",
-        "what it is",
-        "change of the weights %",
-        "as asked %",
-        "in its manner %",
-        "its parent's pictures: pixels %",
-        "judged the same %",
-    ]
-    return {"family": table(heads, rows)}
+    titles = (
+        "model", "what it is", "as asked %", "in its manner %", "weights changed by %",
+        "its parent's pictures: pixels %", "judged the same %",
+    )  # fmt: skip
+    return {"family": table(titles, rows), "judge": _judge(study)}
 
 
-__all__ = ["LIKENESS", "answer", "likeness", "torch"]
+def _judge(study: Study) -> str:
+    """What it finds in drawings that it never saw, and in the same after the autoencoder: the most to be expected."""
+    vae = load_vae(study.family)
+
+    def decoded(drawn: torch.Tensor) -> torch.Tensor:
+        return torch.cat([vae.decode(vae.encode(part)).clamp(-1, 1) for part in drawn.split(32)])
+
+    plain, after = score(study.judge, _UNSEEN, 20), score(study.judge, _UNSEEN, 20, decoded)
+    rows = [[title, *(percent(shares[head]) for head in HEADS)]
+            for title, shares in (("drawings", plain), ("drawings, encoded and decoded", after))]  # fmt: skip
+    return table(["finds the right … %", *HEADS], rows)

@@ -2,208 +2,199 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lib_hypermerge.jobs.report import Report
+
 from ..members import BASE, LEFT_OUT
-from .extraction import first_seed
 from .sheets import save_sheet
-from .study import OUTLIER, RELATED, Likeness, Study, average
+from .study import OUTLIER, RELATED, Likeness, Study, at_size, average, numbers_of
 from .tables import LIKENESS, likeness, mib, percent, table
 from .weights import weighted_sum
 
-BUDGET = 2.0  # MiB of LoRAs or container for nine models of 11 MiB of U-Net each
+BUDGET = 8.0  # MiB of numbers for nine models; whole, their U-Nets and text encoders have fifteen each
+BUDGETS = (2.0, 4.0, 8.0, 16.0)
 COUNTS = (2, 3, 5, 7, 9)
-BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0)
+COUNTED_BUDGETS = (2.0, 8.0)
 # In this order they come into "how many models": the unlike first, then what is made of them.
 ORDER = ("ink", "night", "stripes", "soft", "pair", "ink-night", "contour", "round", "turned")
-MEAN = "mean"
+FORMS: dict[str, dict[str, Any]] = {
+    "LoRAs, ranks of the layers": {"allocation": "layers"}, "container": {"form": "container"},
+}  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = {
+    "joint": {},
+    "joint, ranks of the layers": FORMS["LoRAs, ranks of the layers"],
+    "joint, every layer by its size": {"layer_weights": "relative"},
+    "joint, norms and biases beside": {"remainders": "all"},
+    "greedy, as published": {"solver": "greedy"},
+    "directions": {"solver": "directions"},
+    "container": FORMS["container"],
+}
 
 
 def answer(study: Study, pictures: Path) -> dict[str, str]:
     assert set(ORDER) == set(RELATED)
-    weighted_sum({study.original(name): 1 / len(ORDER) for name in ORDER}, study.made(MEAN))
+    layers = Merge(study, "layers", ORDER, BUDGET, **WAYS["joint, ranks of the layers"])
     return {
         "hyper-ways": _ways(study, pictures),
-        "hyper-models": _models(study),
         "hyper-budget": _budgets(study),
         "hyper-how-many": _how_many(study),
-        "hyper-left-out": _left_out(study),
-        "hyper-outlier": _outlier(study),
+        "hyper-left-out": _left_out(study, layers),
+        "hyper-outlier": _outlier(study, layers),
     }
 
 
 class Merge:
-    """One hyper-merge and the checkpoints that it gives back."""
+    """One hyper-merge whose LoRAs, container and remainders have so many MiB of numbers together."""
 
-    def __init__(self, study: Study, label: str, names: tuple[str, ...] = ORDER, **params: Any):
-        self.study, self.label, self.names = study, label, names
-        self.folder = study.work / f"hyper-{label}"
-        self.report = study.run(
-            "hyper", models=[study.original(name) for name in names], name=label, out_dir=self.folder, **params
-        )
-        self.bytes = sum(
-            file.stat().st_size for file in self.folder.iterdir()
-            if file.stem != label and file.suffix in (".safetensors", ".hypermerge")
-        )  # fmt: skip
+    report: Report
+    numbers: int  # bytes
 
-    @property
-    def errors(self) -> dict[str, float]:
-        d = self.report.details
-        return d["models"] if d["loras"] else d["container"]["models"]
+    def __init__(self, study: Study, label: str, names: Sequence[str], size: float, **params: Any):
+        self.study, self.label, self.names = study, label, tuple(names)
+        self.model = study.work / f"hyper-{label}" / f"{label}.safetensors"
+
+        def make(target: float) -> int:
+            self.report = study.run(
+                "hyper", models=[study.original(name) for name in names], name=label, out_dir=self.model.parent,
+                size=target, **params,
+            )  # fmt: skip
+            written = [Path(output.path) for output in self.report.outputs]
+            beside = [file for file in written if file != self.model and file.suffix in (".safetensors", ".hypermerge")]
+            self.numbers = sum(map(numbers_of, beside))
+            return self.numbers
+
+        at_size(make, size)
 
     def restore(self, name: str) -> Path:
         out = self.study.made(f"hyper-{self.label}-{name}")
-        start = {} if self.report.details["hyper"] is None else {"hyper": self.folder / f"{self.label}.safetensors"}
-        self.study.run("restore", model=name, out=out, **start)
-        self.study.forget(out)
-        return out
+        self.study.run("restore", hyper=self.model, model=name, out=out)
+        return self.study.new(out)
 
-    def likeness(self, names: tuple[str, ...] | None = None) -> list[Likeness]:
+    def blend(self, multipliers: dict[str, float], label: str) -> Path:
+        out = self.study.made(label)
+        told = ",".join(f"{name}={number}" for name, number in multipliers.items())
+        self.study.run("restore", hyper=self.model, multipliers=told, out=out)
+        return self.study.new(out)
+
+    def both(self, parts: Sequence[str]) -> dict[str, float]:
+        """The multipliers of all parts added, less those of the model that is nearest to the base, for all but one."""
+        given = self.report.details["multipliers"]
+        return {
+            lora["name"]: sum(given[part][lora["name"]] for part in parts)
+            - (len(parts) - 1) * given["turned"][lora["name"]]
+            for lora in self.report.details["loras"]
+        }
+
+    def likeness(self, names: Sequence[str] | None = None) -> list[Likeness]:
         return [self.study.compare(self.restore(name), name) for name in names or self.names]
 
 
-def _yardsticks(study: Study) -> list[list[str]]:
-    rows = []
-    for title, file in (("the base", study.original(BASE)), ("the plain average", study.made(MEAN))):
-        rows.append([title, "0", "", *likeness(average([study.compare(file, name) for name in ORDER]))])
-    return rows
+def mean_of(study: Study, names: Sequence[str]) -> Path:
+    """Their plain average, kept (it is not deleted when it was compared)."""
+    out = study.work / "kept" / f"mean-{len(names)}.safetensors"
+    out.parent.mkdir(exist_ok=True)
+    return out if out.exists() else weighted_sum({study.original(name): 1 / len(names) for name in names}, out)
 
 
-def _own(study: Study, size: float, base: Path, label: str) -> list[str]:
-    """A LoRA of its own for each model, the ranks allotted; the files of all together have the size."""
-    found, errors, total = [], [], 0
-    for name in ORDER:
+def _against(study: Study, file: Path, names: Sequence[str]) -> Likeness:
+    return average([study.compare(file, name) for name in names])
+
+
+def _own(study: Study, base: Path, label: str, names: Sequence[str] = ORDER) -> tuple[int, dict[str, Likeness]]:
+    """A LoRA for each model, ranks allotted, all together with the numbers of the budget."""
+    found, total = {}, 0
+    for name in names:
         out = study.made(f"own-{label}-{name}")
-        report = study.run(
-            "extract", base=base, tuned=study.original(name), out=out, rank_rule="size", rank_target=size / len(ORDER)
-        )
-        model = study.merged(base, [(out, 1.0)], f"own-{label}-{name}-applied")
-        found.append(study.compare(model, name))
-        errors.append(report.relative_error or 0.0)
-        total += out.stat().st_size
-    return [mib(total), percent(sum(errors) / len(errors)), *likeness(average(found))]
 
+        def make(target: float, name: str = name, out: Path = out) -> int:
+            study.run("extract", base=base, tuned=study.original(name), out=out, rank_rule="size", rank_target=target)
+            return numbers_of(out)
 
-FORMS: dict[str, dict[str, Any]] = {"joint": {"allocation": "layers"}, "container": {"form": "container"}}
-WAYS: dict[str, dict[str, Any]] = {
-    "joint, uniform ranks": {"size": BUDGET},
-    "joint, ranks of the layers": {"size": BUDGET, "allocation": "layers"},
-    "greedy": {"size": BUDGET, "solver": "greedy"},
-    "directions": {"size": BUDGET, "solver": "directions"},
-    "joint, every layer by its size": {"size": BUDGET, "layer_weights": "relative"},
-    "joint, with norms and biases": {"size": BUDGET, "remainders": "all"},
-    "container": {"size": BUDGET, "form": "container"},
-}
+        at_size(make, BUDGET / len(names))
+        total += numbers_of(out)
+        found[name] = study.compare(study.applied(base, out), name)
+    return total, found
 
 
 def _ways(study: Study, pictures: Path) -> str:
-    rows = _yardsticks(study)
-    sheets = {}
+    mean = mean_of(study, ORDER)
+    rows = [
+        ["the base", "0", *likeness(_against(study, study.original(BASE), ORDER))],
+        ["the plain average", "0", *likeness(_against(study, mean, ORDER))],
+    ]
     for number, (title, params) in enumerate(WAYS.items()):
-        merge = Merge(study, f"way{number}", **params)
-        found = merge.likeness()
-        mean = sum(merge.errors.values()) / len(merge.errors)
-        rows.append([title, mib(merge.bytes), percent(mean), *likeness(average(found))])
-        sheets[title] = merge
-    rows.append(["own LoRAs from the base", *_own(study, BUDGET, study.original(BASE), "base")])
-    rows.append(["own LoRAs from the average", *_own(study, BUDGET, study.made(MEAN), "mean")])
+        merge = Merge(study, f"way{number}", ORDER, BUDGET, **params)
+        rows.append([title, mib(merge.numbers), *likeness(average(merge.likeness()))])
+    for title, base in (("base", study.original(BASE)), ("average", mean)):
+        total, found = _own(study, base, title)
+        rows.append([f"own LoRAs from the {title}", mib(total), *likeness(average(list(found.values())))])
+    ways = list(WAYS)
+    shown = {
+        "hyper-model and\nshared LoRAs": f"hyper-way{ways.index('joint, ranks of the layers')}",
+        "container": f"hyper-way{ways.index('container')}",
+    }
     sheet = []
     for name in ORDER:
-        sheet.append((f"{name}\nthe fine-tune", first_seed(study, study.original(name), name)))
-        sheet.append(("hyper-model and\nshared LoRAs", first_seed(study, study.made(f"hyper-way1-{name}"), name)))
-        sheet.append(("container", first_seed(study, study.made(f"hyper-way6-{name}"), name)))
+        sheet.append((f"{name}\nthe fine-tune", study.first_seed(study.original(name), name)))
+        sheet += [(title, study.first_seed(study.made(f"{made}-{name}"), name)) for title, made in shown.items()]
     save_sheet(pictures / "hyper.png", sheet)
-    return table(["", "MiB", "missed %", *LIKENESS], rows)
-
-
-def _models(study: Study) -> str:
-    """Per model, of the ways that are the defaults."""
-    rows = []
-    for name in ORDER:
-        row = [name]
-        for file in (
-            study.made(MEAN),
-            study.made(f"hyper-way1-{name}"),
-            study.made(f"hyper-way6-{name}"),
-            study.made(f"own-base-{name}-applied"),
-        ):
-            found = study.compare(file, name)
-            row += [str(found.pixels), str(found.same)]
-        rows.append(row)
-    ways = ("average", "joint, layers", "container", "own LoRA")
-    return table(["model", *(f"{way}: {what}" for way in ways for what in ("pixels %", "same %"))], rows)
+    return table(["", "MiB of numbers", *LIKENESS], rows)
 
 
 def _budgets(study: Study) -> str:
     rows = []
     for budget in BUDGETS:
         for title, params in FORMS.items():
-            merge = Merge(study, f"budget-{title}-{budget}", size=budget, **params)
-            mean = sum(merge.errors.values()) / len(merge.errors)
-            rows.append(
-                [f"{budget:g} MiB, {title}", mib(merge.bytes), percent(mean), *likeness(average(merge.likeness()))]
-            )
-    return table(["", "MiB", "missed %", *LIKENESS], rows)
+            merge = Merge(study, f"of{budget:g}-{title.split(',')[0]}", ORDER, budget, **params)
+            count = len(merge.report.details["loras"])
+            told = f"{count} {title}" if count else title
+            rows.append([told, mib(merge.numbers), *likeness(average(merge.likeness()))])
+    return table(["", "MiB of numbers", *LIKENESS], rows)
 
 
 def _how_many(study: Study) -> str:
-    """The same bytes for more and more models; the pictures are those of the first two, which are always there."""
+    """The same bytes for more and more models. The figures are those of the first two, which are always among them."""
     rows = []
     for count in COUNTS:
-        row = [str(count)]
-        for title, params in FORMS.items():
-            merge = Merge(study, f"of-{count}-{title}", ORDER[:count], size=BUDGET / 2, **params)
-            found = average(merge.likeness(ORDER[:2]))
-            mean = sum(merge.errors.values()) / count
-            row += [percent(mean), str(found.pixels), str(found.same)]
-        rows.append(row)
-    heads = [f"{way}: {what}" for way in ("joint", "container") for what in ("missed %", "pixels %", "same %")]
-    return table(["models", *heads], rows)
+        names = ORDER[:count]
+        average_of_all = _against(study, mean_of(study, names), ORDER[:2])
+        cells = [str(count), percent(average_of_all.missed.mean), str(average_of_all.same)]
+        for budget in COUNTED_BUDGETS:
+            for title, params in FORMS.items():
+                merge = Merge(study, f"first{count}-{budget:g}-{title.split(',')[0]}", names, budget, **params)
+                found = average(merge.likeness(ORDER[:2]))
+                cells += [percent(found.missed.mean), str(found.same)]
+        rows.append(cells)
+    ways = ["average", *(f"{title.split(',')[0]} {budget:g} MiB" for budget in COUNTED_BUDGETS for title in FORMS)]
+    return table(["models", *(f"{way}: {what}" for way in ways for what in ("missed %", "same %"))], rows)
 
 
-def _left_out(study: Study) -> str:
-    """A model that no LoRA was made for, by multipliers fitted to it; beside it the members alone."""
+def _left_out(study: Study, merge: Merge) -> str:
+    """A model that no LoRA was made for, by multipliers fitted to it; beside it what else could stand in for it."""
     target = LEFT_OUT.name
-    merge = Merge(study, "way1", **WAYS["joint, ranks of the layers"])
-    hyper = merge.folder / "way1.safetensors"
-    report = study.run("fit", hyper=hyper, model=study.original(target))
-    numbers = report.details["multipliers"]
-    out = study.made("left-out-fitted")
-    study.run("restore", hyper=hyper, multipliers=",".join(f"{k}={v}" for k, v in numbers.items()), out=out)
-    study.forget(out)
-    rows = [["fitted multipliers", percent(report.relative_error), *likeness(study.compare(out, target))]]
-    # by hand: the multipliers of stripes and of night together, less those of neither
-    recipe = json.loads(next(merge.folder.glob("*.json")).read_text(encoding="utf-8"))
-    by_model = merge.report.details["multipliers"]
-    both = {lora: by_model["stripes"][lora] + by_model["night"][lora] - by_model["turned"][lora] for lora in numbers}
-    study.run(
-        "restore",
-        hyper=hyper,
-        multipliers=",".join(f"{k}={v}" for k, v in both.items()),
-        out=study.made("left-out-added"),
-    )
-    study.forget(study.made("left-out-added"))
-    rows.append(
-        ["those of stripes and of night, added", "", *likeness(study.compare(study.made("left-out-added"), target))]
-    )
-    for title, file in (
-        ("the average", study.made(MEAN)), ("the base", study.original(BASE)), ("stripes", study.original("stripes")),
-        ("night", study.original("night")),
-    ):  # fmt: skip
-        rows.append([title, "", *likeness(study.compare(file, target))])
-    assert recipe
-    return table(["", "missed %", *LIKENESS], rows)
+    report = study.run("fit", hyper=merge.model, model=study.original(target))
+    files = {
+        "fitted multipliers": merge.blend(report.details["multipliers"], "left-out-fitted"),
+        "those of stripes and of night, added": merge.blend(merge.both(("stripes", "night")), "left-out-added"),
+        "the average": mean_of(study, ORDER),
+        **{name: study.original(name) for name in ("stripes", "night", BASE)},
+    }
+    return table(["", *LIKENESS], ([title, *likeness(study.compare(file, target))] for title, file in files.items()))
 
 
-def _outlier(study: Study) -> str:
+def _outlier(study: Study, without: Merge) -> str:
     rows = []
-    for title, names in (("without the outlier", ORDER), ("with it", (*ORDER, OUTLIER))):
-        merge = Merge(study, f"outlier-{len(names)}", names, size=BUDGET, allocation="layers")
-        errors = [merge.errors[name] for name in ORDER]
-        own = (
-            [percent(merge.errors[OUTLIER]), str(merge.likeness((OUTLIER,))[0].same)] if OUTLIER in names else ["", ""]
-        )
-        rows.append([title, percent(sum(errors) / len(errors)), *likeness(average(merge.likeness(ORDER))), *own])
-    return table(["", "missed % of the nine", *LIKENESS, "the outlier: missed %", "judged the same %"], rows)
+    both = (
+        ("without the outlier", without),
+        ("with it", Merge(study, "outlier", (*ORDER, OUTLIER), BUDGET, **WAYS["joint, ranks of the layers"])),
+    )
+    for title, merge in both:
+        own = ["", ""]
+        if OUTLIER in merge.names:
+            found = merge.likeness((OUTLIER,))[0]
+            own = [percent(found.missed.mean), str(found.same)]
+        rows.append([title, *likeness(average(merge.likeness(ORDER))), *own])
+    return table(["the nine", *LIKENESS, "the outlier: missed %", "judged the same %"], rows)

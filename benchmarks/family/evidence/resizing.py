@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from .extraction import TYPICAL, applied, lora
-from .study import Study, average
-from .tables import LIKENESS, likeness, mib, percent, table
+from .extraction import TYPICAL, lora, row
+from .study import Study, at_size, numbers_of
+from .tables import LIKENESS, table
 
 FROM, TO = 32, 4
 
 
 def answer(study: Study, pictures: Path) -> dict[str, str]:
     del pictures
-    for name in TYPICAL:
-        lora(study, name, f"r{FROM}", rank=FROM)
-    size = study.made(f"{TYPICAL[0]}-r{TO}").stat().st_size / 2**20
-    ways: dict[str, dict[str, object]] = {
-        "SVD": {"rank": [TO]},
-        "ranks allotted, same size": {"rank_rule": "size", "rank_target": size},
-        "randomised SVD": {"rank": [TO], "method": "rsvd"},
-        "random directions": {"rank": [TO], "method": "random"},
-        "sparse random directions": {"rank": [TO], "method": "sparse"},
-    }
-    rows = []
-    whole = [applied(study, name, f"r{FROM}", study.made(f"{name}-r{FROM}")) for name in TYPICAL]
-    rows.append(
-        [
-            f"the LoRA of rank {FROM}",
-            mib(study.made(f"{TYPICAL[0]}-r{FROM}").stat().st_size),
-            "",
-            *likeness(average(whole)),
-        ]
-    )
-    fresh = [applied(study, name, f"r{TO}", study.made(f"{name}-r{TO}")) for name in TYPICAL]
-    rows.append([f"extracted at rank {TO}", mib(size * 2**20), "", *likeness(average(fresh))])
-    for number, (title, params) in enumerate(ways.items()):
-        found, errors, sizes = [], [], []
-        for name in TYPICAL:
-            out = study.made(f"{name}-resized{number}")
-            report = study.run("resize", loras=[study.made(f"{name}-r{FROM}")], out=out, **params)
-            errors.append(report.relative_error or 0.0)
-            sizes.append(out.stat().st_size)
-            found.append(applied(study, name, f"resized{number}", out))
-        rows.append(
-            [title, mib(sum(sizes) / len(sizes)), percent(sum(errors) / len(errors)), *likeness(average(found))]
-        )
-    return {"resize": table(["", "MiB", "missed of the LoRA %", *LIKENESS], rows)}
+    high = {name: lora(study, name, f"r{FROM}", rank=FROM) for name in TYPICAL}
+    low = {name: lora(study, name, f"r{TO}", rank=TO) for name in TYPICAL}
+    rows = [row(study, f"extracted at rank {FROM}", high), row(study, f"extracted at rank {TO}", low)]
+    size = sum(numbers_of(file) for file in low.values()) / len(low) / 2**20
+
+    def resized(name: str, label: str, **params: Any) -> Path:
+        out = study.made(f"{name}-{label}")
+        study.run("resize", loras=[high[name]], out=out, **params)
+        return out
+
+    def allotted(name: str, label: str) -> Path:
+        at_size(lambda mib: numbers_of(resized(name, label, rank_rule="size", rank_target=mib)), size)
+        return study.made(f"{name}-{label}")
+
+    rows.append(row(study, f"rank {FROM} resized to {TO}, SVD", {n: resized(n, "svd", rank=[TO]) for n in TYPICAL}))
+    rows.append(row(study, "ranks allotted, same size", {name: allotted(name, "allotted") for name in TYPICAL}))
+    for method, title in (
+        ("rsvd", "randomised SVD"), ("random", "random directions"), ("sparse", "sparse random directions"),
+    ):  # fmt: skip
+        for seed in (0,) if method == "rsvd" else (0, 1):
+            files = {name: resized(name, f"{method}{seed}", rank=[TO], method=method, seed=seed) for name in TYPICAL}
+            rows.append(row(study, f"{title}, seed {seed}", files))
+    return {"resize": table(["", "MiB of numbers", *LIKENESS], rows)}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -23,24 +25,33 @@ from ..members import BASE, EVERY, FINE_TUNES, Member
 from ..model import load
 from ..sampling import pictures
 from ..train import file_of, load_judge
+from .weights import missed
 
-# Chosen before any model was trained: each subject once; colours, sizes and papers by a rule; eight seeds in a row.
+# Chosen before any model was trained: each subject once; colours, sizes and papers by a rule; seeds in a row.
 PROMPTS = [Scene(i, (5 * i + 1) % 6, i % 2, 3 * i % 4) for i in range(8)]
-SEEDS = range(1000, 1008)
+SEEDS = range(1000, 1004)
+RELATED = [member.name for member in FINE_TUNES if member.manner != "numbers"]
+OUTLIER = next(member.name for member in FINE_TUNES if member.manner == "numbers")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean, and the standard deviation between seeds."""
+    """A share by seed; shown as its mean and the standard deviation between seeds, in %."""
 
-    mean: float
-    deviation: float
+    by_seed: tuple[float, ...]
 
     @staticmethod
     def over_seeds(values: Tensor) -> Spread:
         """values: [prompts · seeds], the seeds of a prompt side by side."""
-        by_seed = values.double().reshape(-1, len(SEEDS)).mean(0)
-        return Spread(float(by_seed.mean()), float(by_seed.std()))
+        return Spread(tuple(values.double().reshape(-1, len(SEEDS)).mean(0).tolist()))
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.by_seed)
+
+    @property
+    def deviation(self) -> float:
+        return stdev(self.by_seed)
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.1f} ± {100 * self.deviation:.1f}"
@@ -48,7 +59,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One model's pictures of all prompts and seeds, and what the judge makes of them."""
+    """One model's pictures of all prompts and seeds in 8 bits, and what the judge makes of them."""
 
     pictures: Tensor
     features: Tensor
@@ -57,19 +68,30 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Likeness:
-    """Of a model's pictures to an original's, at the same prompts and seeds; shares from 0 to 1.
+    """Of a model to an original: of its weights, and of its pictures at the same prompts and seeds.
 
-    pixels: mean absolute difference, of the range from black to white. features: distance of what the judge's heads
-    see, of that between two seeds of the original. same: the judge finds the same subject, colour, size, paper and
-    manner. asked: it finds the subject, colour, size and paper that were asked for. manner: it finds the original's
-    manner of drawing.
+    missed: ‖original − model‖ / ‖original − base‖ over all weights but the autoencoder's; the base has 1. pixels: mean
+    absolute difference, of the range from black to white. features: distance of what the judge's heads see, of that
+    between two seeds of the original. same: the judge finds the same subject, colour, size, paper and manner. asked: it
+    finds the subject, colour, size and paper that were asked for. manner: it finds the original's manner of drawing.
     """
 
+    missed: Spread
     pixels: Spread
     features: Spread
     same: Spread
     asked: Spread
     manner: Spread
+
+
+def average(likenesses: Sequence[Likeness]) -> Likeness:
+    """Means over several models, seed by seed: the deviation stays that between seeds."""
+
+    def one(name: str) -> Spread:
+        by_model = [getattr(likeness, name).by_seed for likeness in likenesses]
+        return Spread(tuple(fmean(shares) for shares in zip(*by_model, strict=True)))
+
+    return Likeness(*(one(f.name) for f in fields(Likeness)))
 
 
 def member_of(name: str) -> Member | None:
@@ -84,6 +106,21 @@ def scenes_of(name: str) -> list[Scene]:
 
 def captions_of(name: str) -> list[str]:
     return [str(scene) for scene in scenes_of(name) for _ in SEEDS]
+
+
+def numbers_of(file: Path) -> int:
+    """Bytes of the tensors in a .safetensors or container file, without its header.
+
+    Names and shapes are a good part of a narrow model's LoRA and nothing of a real one's: sizes are compared without.
+    """
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+
+
+def at_size(make: Callable[[float], int], wanted: float) -> None:
+    """Run `make` (a target in MiB → bytes of numbers written) so that as many numbers as wanted (MiB) are written."""
+    written = make(wanted) / 2**20
+    make(wanted + (wanted - written))
 
 
 @dataclass
@@ -115,65 +152,57 @@ class Study:
         plain = json.loads(json.dumps(params, default=str))
         return execute(VERBS[verb], VERBS[verb].spec.from_json({**plain, "overwrite": True}), PathHost(), Context())
 
-    def merged(self, base: Path, loras: list[tuple[Path, float]], name: str) -> Path:
-        """The base with these LoRAs in it."""
-        self.run(
-            "merge",
-            checkpoint=base,
-            loras=[{"lora": str(lora), "weight": weight} for lora, weight in loras],
-            out=self.made(name),
-        )
-        return self.made(name)
+    def applied(self, base: Path, lora: Path) -> Path:
+        """The base with this LoRA in it, a checkpoint beside the LoRA."""
+        out = self.made(f"{lora.stem}-applied")
+        self.run("merge", checkpoint=base, loras=[{"lora": str(lora)}], out=out)
+        return self.new(out)
+
+    def new(self, file: Path) -> Path:
+        """A file that was written, perhaps anew: pictures of an earlier one of that name are forgotten."""
+        for key in [key for key in self._drawn if key[0] == file]:
+            del self._drawn[key]
+        return file
 
     def draw(self, file: Path, name: str) -> Drawn:
         """What a checkpoint draws for the prompts of the model of that name."""
         key = (file, ",".join(captions_of(name)))
         if key not in self._drawn:
-            scenes = scenes_of(name)
-            drawn = pictures(load(file), captions_of(name), [seed for _ in scenes for seed in SEEDS])
-            self._drawn[key] = Drawn(drawn, self.judge.features(drawn), self.judge.find(drawn))
+            drawn = pictures(load(file), captions_of(name), [seed for _ in scenes_of(name) for seed in SEEDS])
+            eighths = ((drawn + 1) * 127.5).round().to(torch.uint8)
+            self._drawn[key] = Drawn(eighths, self.judge.features(drawn), self.judge.find(drawn))
         return self._drawn[key]
 
-    def forget(self, file: Path) -> None:
-        """Before a file of that name is written anew."""
-        for key in [key for key in self._drawn if key[0] == file]:
-            del self._drawn[key]
+    def first_seed(self, file: Path, name: str) -> Tensor:
+        """[prompts, 3, 64, 64] in [-1, 1]: the first seed's pictures, for a sheet."""
+        return self.draw(file, name).pictures[:: len(SEEDS)].float() / 127.5 - 1
 
-    def compare(self, file: Path, name: str, target: str | None = None) -> Likeness:
-        """A checkpoint's pictures against those of the original of that name.
+    def compare(self, file: Path, name: str, like: Path | None = None, manner: str | None = None) -> Likeness:
+        """A checkpoint against the original of that name, or against the one that it should be like.
 
-        target: the manner that counts as right; without it that of the original.
+        manner: the one that counts as right; without it that of the original. A checkpoint that was made is deleted
+        afterwards, its pictures are kept.
         """
-        ours, theirs = self.draw(file, name), self.draw(self.original(name), name)
+        original = like or self.original(name)
+        ours, theirs = self.draw(file, name), self.draw(original, name)
         member = member_of(name)
         scenes = [scene for scene in scenes_of(name) for _ in SEEDS]
-        asked = [member.asked(scene) for scene in scenes] if member else scenes
-        manner = MANNERS.index(target or (member.manner if member else "plain"))
-        right = answers(asked, manner)
-        heads = [head for head in HEADS if head != "manner"]
-        correct = torch.stack([(ours.found[h] == right[h]) | (right[h] < 0) for h in heads]).all(0)
+        wanted = MANNERS.index(manner or (member.manner if member else "plain"))
+        right = answers([member.asked(scene) for scene in scenes] if member else scenes, wanted)
+        correct = torch.stack([(ours.found[h] == right[h]) | (right[h] < 0) for h in HEADS if h != "manner"]).all(0)
         same = torch.stack([ours.found[head] == theirs.found[head] for head in HEADS]).all(0)
         other_seed = theirs.features.unflatten(0, (-1, len(SEEDS))).roll(1, 1).flatten(0, 1)
         scale = (theirs.features - other_seed).norm(dim=1).mean()
+        apart = (ours.pictures.float() - theirs.pictures.float()).abs().mean((1, 2, 3)) / 255
+        base = self.original(BASE)
+        weights = missed(base, original, file) if original != base else float("nan")
+        if file.parent == self.work:
+            file.unlink()
         return Likeness(
-            pixels=Spread.over_seeds((ours.pictures - theirs.pictures).abs().mean((1, 2, 3)) / 2),
-            features=Spread.over_seeds((ours.features - theirs.features).norm(dim=1) / scale),
-            same=Spread.over_seeds(same.float()),
-            asked=Spread.over_seeds(correct.float()),
-            manner=Spread.over_seeds((ours.found["manner"] == manner).float()),
+            Spread((weights,) * len(SEEDS)),
+            Spread.over_seeds(apart),
+            Spread.over_seeds((ours.features - theirs.features).norm(dim=1) / scale),
+            Spread.over_seeds(same.float()),
+            Spread.over_seeds(correct.float()),
+            Spread.over_seeds((ours.found["manner"] == wanted).float()),
         )
-
-
-def average(likenesses: list[Likeness]) -> Likeness:
-    """Means over several models; the deviation is that between models."""
-
-    def one(attribute: str) -> Spread:
-        means = torch.tensor([getattr(likeness, attribute).mean for likeness in likenesses], dtype=torch.float64)
-        return Spread(float(means.mean()), float(means.std()) if len(means) > 1 else 0.0)
-
-    return Likeness(*(one(attribute) for attribute in ("pixels", "features", "same", "asked", "manner")))
-
-
-RELATED = [member.name for member in FINE_TUNES if member.manner != "numbers"]
-OUTLIER = next(member.name for member in FINE_TUNES if member.manner == "numbers")
-__all__ = ["BASE", "OUTLIER", "PROMPTS", "RELATED", "SEEDS", "Drawn", "Likeness", "Spread", "Study", "average"]

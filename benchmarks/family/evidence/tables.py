@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .study import Likeness
 
-LIKENESS = ("pixels %", "features %", "judged the same %", "as asked %", "in its manner %")
+LIKENESS = ("missed %", "pixels %", "features %", "judged the same %", "as asked %", "in its manner %")
 _MARK = "<!-- {} {} -->"
 
 
@@ -19,7 +19,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def likeness(row: Likeness) -> list[str]:
     """Its cells under LIKENESS."""
-    return [str(value) for value in (row.pixels, row.features, row.same, row.asked, row.manner)]
+    return [percent(row.missed.mean), *map(str, (row.pixels, row.features, row.same, row.asked, row.manner))]
 
 
 def percent(share: float | None) -> str:

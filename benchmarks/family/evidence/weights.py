@@ -9,12 +9,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
+def distance(first: Path, second: Path) -> float:
+    """‖first − second‖ over all floating-point tensors but the autoencoder's, in float64."""
+    one, other = load_file(first), load_file(second)
+    keys = [key for key in one if one[key].is_floating_point() and not key.startswith("first_stage_model.")]
+    return sum(float((one[key].double() - other[key].double()).square().sum()) for key in keys) ** 0.5
+
+
 def change(base: Path, other: Path) -> float:
-    """‖other − base‖ / ‖base‖ over all floating-point tensors but the autoencoder's, in float64."""
-    first, second = load_file(base), load_file(other)
-    keys = [key for key in first if first[key].is_floating_point() and not key.startswith("first_stage_model.")]
-    moved = sum(float((second[key].double() - first[key].double()).square().sum()) for key in keys)
-    return (moved / sum(float(first[key].double().square().sum()) for key in keys)) ** 0.5
+    """‖other − base‖ / ‖base‖."""
+    norm = sum(
+        float(tensor.double().square().sum())
+        for key, tensor in load_file(base).items()
+        if tensor.is_floating_point() and not key.startswith("first_stage_model.")
+    )
+    return distance(base, other) / norm**0.5
+
+
+def missed(base: Path, original: Path, made: Path) -> float:
+    """‖original − made‖ / ‖original − base‖."""
+    return distance(original, made) / distance(original, base)
 
 
 def weighted_sum(models: Mapping[Path, float], out: Path) -> Path:

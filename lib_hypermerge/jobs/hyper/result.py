@@ -42,8 +42,11 @@ def report_of(
 ) -> Report:  # fmt: skip
     """The report; residual shares are measured on the rounded numbers that were, or would be, written."""
     spec, labels = plan.spec, plan.inputs.labels
-    on_disk = {Path(file.path).stem: file.bytes for file in written}
-    sizes = [on_disk.get(stem, plan.lora_bytes(rank)) for stem, rank in zip(recipe.loras, recipe.ranks, strict=False)]
+    on_disk = {Path(file.path).name: file.bytes for file in written}
+    sizes = [
+        on_disk.get(f"{stem}.safetensors", plan.lora_bytes(rank))
+        for stem, rank in zip(recipe.loras, recipe.ranks, strict=False)
+    ]
     details: dict[str, Any] = {
         "architecture": plan.inputs.template.title,
         "preview": spec.preview,
@@ -55,7 +58,7 @@ def report_of(
         "models": recipe.models,
         "ranks": recipe.ranks,
         "hyper": recipe.hyper if plan.writes_model else None,
-        "hyper_bytes": on_disk.get(plan.model_output.stem, plan.model_bytes),
+        "hyper_bytes": on_disk.get(plan.model_output.name, plan.model_bytes),
         "recipe": None if spec.preview else str(plan.recipe_output),
         "loras": [
             {"name": stem, "rank": rank, "bytes": size, "share": share}
@@ -94,7 +97,7 @@ def report_of(
 
 def _container(plan: HyperPlan, measures: Measures, on_disk: dict[str, int]) -> dict[str, Any]:
     share, models = measures.container()
-    size = on_disk.get(plan.container_output.stem, plan.loras_bytes)
+    size = on_disk.get(plan.container_output.name, plan.loras_bytes)
     return {"name": plan.container_output.name, "bytes": size, "residual_share": share, "models": models}
 
 
