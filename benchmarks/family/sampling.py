@@ -8,7 +8,7 @@ from torch import Tensor
 from .drawing import SIDE
 from .model import Model
 
-STEPS, GUIDANCE = 16, 3.0
+STEPS, GUIDANCE = 12, 3.0
 
 
 def signal_shares(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Tensor:

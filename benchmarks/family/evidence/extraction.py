@@ -59,18 +59,11 @@ def _weights(study: Study) -> str:
     """What LoRAs miss of the layers that they can carry."""
     rows = []
     for name in (*RELATED, OUTLIER):
-        cells = []
-        for rank in RANKS:
-            report = study.run(
-                "extract",
-                base=study.original(BASE),
-                tuned=study.original(name),
-                out=study.made(f"{name}-r{rank}"),
-                rank=rank,
-            )
-            cells.append(percent(report.relative_error))
-        rows.append([name, *cells, percent(report.details["uncarried_share"] ** 0.5)])
-    return table(["missed %", *(f"rank {rank}" for rank in RANKS), "in no layer of a LoRA"], rows)
+        given = {"base": study.original(BASE), "tuned": study.original(name)}
+        reports = [study.run("extract", **given, out=study.made(f"{name}-r{rank}"), rank=rank) for rank in RANKS]
+        errors = [percent(report.relative_error) for report in reports]
+        rows.append([name, *errors, percent(reports[0].details["uncarried_share"] ** 0.5)])
+    return table(["missed %", *(f"rank {rank}" for rank in RANKS), "not in the file (norms, biases …)"], rows)
 
 
 def _by_rank(study: Study, pictures: Path) -> str:
