@@ -22,7 +22,7 @@ from lib_hypermerge.render import as_text, mib, percent
 
 from . import hosts, unet_training
 from .captions import SCENES
-from .evidence.sheets import save_sheet
+from .evidence.sheets import head_of, save_sheet
 from .model import Model, from_tensors, load, save
 from .pack import FILE, unpack
 from .sampling import pictures
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\nDrawing with the base, the fine-tune, and base + LoRA, same prompts, same seeds …", flush=True)
     of_base, of_tuned, of_both = (_pictures(file) for file in (base, tuned, again))
     rows = [("the base", of_base), ("fine-tuned,\nall weights", of_tuned), (f"base + LoRA\nof rank {_RANK}", of_both)]
-    heads = [str(scene).replace(" on ", "\non ").removeprefix("a ") for scene in _PROMPTS]
+    heads = [head_of(str(scene)) for scene in _PROMPTS]
     save_sheet(folder / "pictures.png", rows, heads, label=110)
     apart, left = (float((drawn - of_tuned).abs().mean()) / 2 for drawn in (of_base, of_both))
     close = left < apart / 2

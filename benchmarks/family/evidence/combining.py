@@ -7,7 +7,7 @@ from typing import Any
 
 from ..members import BASE
 from .extraction import lora
-from .hypermerge import BUDGET, ORDER, WAYS, Merge
+from .hypermerge import ORDER, RANKS, WAYS, Merge
 from .sheets import save_sheet
 from .study import Likeness, Study, average
 from .tables import table
@@ -24,7 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "Iso-C": {"method": "iso-c"},
     "SVD-aligned": {"method": "aligned"},
 }
-WEIGHTS = (0.7, 1.0, 1.4)
+WEIGHTS = {"linear": (0.7, 1.0)}  # of each LoRA; the others by turns average or dampen
+USUAL_WEIGHTS = (1.0, 1.4)
 SHOWN = (
     "trained on both", "linear, 1", "linear, 0.7", "TIES, 1.4", "KnOTS, 1.4", "TSV, 1", "Iso-C, 1",
     "checkpoints averaged", "hyper-model",
@@ -35,16 +36,14 @@ def answer(study: Study, pictures: Path) -> dict[str, str]:
     rows: dict[str, list[str]] = {}
     sheet = []
     # neither model that is asked for is among those that were merged
-    joint = Merge(
-        study, "combining", [n for n in ORDER if n not in PAIRS], BUDGET, **WAYS["joint, ranks of the layers"]
-    )
+    joint = Merge(study, "combining", [n for n in ORDER if n not in PAIRS], RANKS, **WAYS["joint, ranks of the layers"])
     for target, parts in PAIRS.items():
         loras = [lora(study, name, f"r{RANK}", rank=RANK) for name in parts]
         shown = {}
         found: dict[str, Likeness] = {"trained on both": study.compare(study.original(target), target)}
         shown["trained on both"] = study.original(target)
         for title, params in METHODS.items():
-            for weight in WEIGHTS:
+            for weight in WEIGHTS.get(title, USUAL_WEIGHTS):
                 label = f"{title}, {weight:g}"
                 likes = []
                 for seed in (0, 1, 2) if "DARE" in title else (0,):

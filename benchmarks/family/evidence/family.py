@@ -9,7 +9,7 @@ import torch
 from ..judge import HEADS, score
 from ..members import BASE, EVERY, SECOND
 from ..train import load_vae
-from .sheets import save_sheet
+from .sheets import head_of, save_sheet
 from .study import SEEDS, Study, captions_of, member_of
 from .tables import percent, table
 from .weights import change
@@ -33,7 +33,7 @@ def answer(study: Study, pictures: Path) -> dict[str, str]:
             apart = [percent(change(parent, file)), str(as_parent.pixels), str(as_parent.same)]
         rows.append([name, member.about if member else ABOUT[name], str(own.asked), str(own.manner), *apart])
         sheet.append((name, study.first_seed(file, name)))
-    heads = [caption.replace(" on ", "\non ").removeprefix("a ") for caption in captions_of(BASE)[:: len(SEEDS)]]
+    heads = [head_of(caption) for caption in captions_of(BASE)[:: len(SEEDS)]]
     save_sheet(pictures / "family.png", sheet, heads)
     titles = (
         "model", "what it is", "as asked %", "in its manner %", "weights changed by %",

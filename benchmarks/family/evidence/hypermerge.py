@@ -14,10 +14,12 @@ from .study import OUTLIER, RELATED, Likeness, Study, at_size, average, numbers_
 from .tables import LIKENESS, likeness, mib, percent, table
 from .weights import weighted_sum
 
-BUDGET = 8.0  # MiB of numbers for nine models; whole, their U-Nets and text encoders have fifteen each
-BUDGETS = (2.0, 4.0, 16.0)  # besides
-COUNTS = (2, 4, 6, 9)
-COUNTED_BUDGETS = (2.0, 8.0)
+# Ranks of the LoRAs, of nine models: 8 MiB of numbers; whole, their U-Nets and text encoders have 135.
+RANKS = "10,8,6,6,5,5"
+OTHER_RANKS = ("3,3,2,2", "20,16,12,12,10,10")
+COUNTS, COUNTED_RANKS = (2, 5, 9), "8,6,6"
+# One start and few sweeps instead of three and many: nine models in every way would take hours otherwise.
+SOLVER: dict[str, Any] = {"starts": 1, "iterations": 40, "tolerance": 1e-3}
 # In this order they come into "how many models": the unlike first, then what is made of them.
 ORDER = ("ink", "night", "stripes", "soft", "pair", "ink-night", "contour", "round", "turned")
 FORMS: dict[str, dict[str, Any]] = {
@@ -36,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def answer(study: Study, pictures: Path) -> dict[str, str]:
     assert set(ORDER) == set(RELATED)
-    layers = Merge(study, "layers", ORDER, BUDGET, **WAYS["joint, ranks of the layers"])
+    layers = Merge(study, "layers", ORDER, RANKS, **WAYS["joint, ranks of the layers"])
     return {
         "hyper-ways": _ways(study, pictures),
         "hyper-budget": _budgets(study),
@@ -47,26 +49,20 @@ def answer(study: Study, pictures: Path) -> dict[str, str]:
 
 
 class Merge:
-    """One hyper-merge whose LoRAs, container and remainders have so many MiB of numbers together."""
+    """One hyper-merge; numbers: bytes of its LoRAs, container and remainders, without headers."""
 
-    report: Report
-    numbers: int  # bytes
-
-    def __init__(self, study: Study, label: str, names: Sequence[str], size: float, **params: Any):
+    def __init__(self, study: Study, label: str, names: Sequence[str], ranks: str, **params: Any):
         self.study, self.label, self.names = study, label, tuple(names)
         self.model = study.work / f"hyper-{label}" / f"{label}.safetensors"
-
-        def make(target: float) -> int:
-            self.report = study.run(
-                "hyper", models=[study.original(name) for name in names], name=label, out_dir=self.model.parent,
-                size=target, **params,
-            )  # fmt: skip
-            written = [Path(output.path) for output in self.report.outputs]
-            beside = [file for file in written if file != self.model and file.suffix in (".safetensors", ".hypermerge")]
-            self.numbers = sum(map(numbers_of, beside))
-            return self.numbers
-
-        at_size(make, size)
+        self.report: Report = study.run(
+            "hyper", models=[study.original(name) for name in names], name=label, out_dir=self.model.parent,
+            ranks=ranks, **SOLVER, **params,
+        )  # fmt: skip
+        written = [Path(output.path) for output in self.report.outputs]
+        self.numbers = sum(
+            numbers_of(file) for file in written
+            if file != self.model and file.suffix in (".safetensors", ".hypermerge")
+        )  # fmt: skip
 
     def restore(self, name: str) -> Path:
         out = self.study.made(f"hyper-{self.label}-{name}")
@@ -103,19 +99,19 @@ def _against(study: Study, file: Path, names: Sequence[str]) -> Likeness:
     return average([study.compare(file, name) for name in names])
 
 
-def _own(study: Study, base: Path, label: str, names: Sequence[str] = ORDER) -> tuple[int, dict[str, Likeness]]:
-    """A LoRA for each model, ranks allotted, all together with the numbers of the budget."""
-    found, total = {}, 0
-    for name in names:
+def _own(study: Study, base: Path, label: str, numbers: int) -> tuple[int, list[Likeness]]:
+    """A LoRA of its own for each model, ranks allotted, all together with so many bytes of numbers."""
+    found, total = [], 0
+    for name in ORDER:
         out = study.made(f"own-{label}-{name}")
 
         def make(target: float, name: str = name, out: Path = out) -> int:
             study.run("extract", base=base, tuned=study.original(name), out=out, rank_rule="size", rank_target=target)
             return numbers_of(out)
 
-        at_size(make, BUDGET / len(names))
+        at_size(make, numbers / len(ORDER) / 2**20)
         total += numbers_of(out)
-        found[name] = study.compare(study.applied(base, out), name)
+        found.append(study.compare(study.applied(base, out), name))
     return total, found
 
 
@@ -125,12 +121,14 @@ def _ways(study: Study, pictures: Path) -> str:
         ["the base", "0", *likeness(_against(study, study.original(BASE), ORDER))],
         ["the plain average", "0", *likeness(_against(study, mean, ORDER))],
     ]
+    numbers = 0
     for number, (title, params) in enumerate(WAYS.items()):
-        merge = Merge(study, f"way{number}", ORDER, BUDGET, **params)
+        merge = Merge(study, f"way{number}", ORDER, RANKS, **params)
+        numbers = numbers or merge.numbers  # of the first, which all others have too
         rows.append([title, mib(merge.numbers), *likeness(average(merge.likeness()))])
     for title, base in (("base", study.original(BASE)), ("average", mean)):
-        total, found = _own(study, base, title)
-        rows.append([f"own LoRAs from the {title}", mib(total), *likeness(average(list(found.values())))])
+        total, found = _own(study, base, title, numbers)
+        rows.append([f"own LoRAs from the {title}", mib(total), *likeness(average(found))])
     ways = list(WAYS)
     shown = {
         "hyper-model and\nshared LoRAs": f"hyper-way{ways.index('joint, ranks of the layers')}",
@@ -146,11 +144,10 @@ def _ways(study: Study, pictures: Path) -> str:
 
 def _budgets(study: Study) -> str:
     rows = []
-    for budget in BUDGETS:
+    for number, ranks in enumerate(OTHER_RANKS):
         for title, params in FORMS.items():
-            merge = Merge(study, f"of{budget:g}-{title.split(',')[0]}", ORDER, budget, **params)
-            count = len(merge.report.details["loras"])
-            told = f"{count} {title}" if count else title
+            merge = Merge(study, f"of{number}-{title.split(',')[0]}", ORDER, ranks, **params)
+            told = f"{title}, {ranks}" if merge.report.details["loras"] else title
             rows.append([told, mib(merge.numbers), *likeness(average(merge.likeness()))])
     return table(["", "MiB of numbers", *LIKENESS], rows)
 
@@ -161,15 +158,16 @@ def _how_many(study: Study) -> str:
     for count in COUNTS:
         names = ORDER[:count]
         average_of_all = _against(study, mean_of(study, names), ORDER[:2])
-        cells = [str(count), percent(average_of_all.missed.mean), str(average_of_all.same)]
-        for budget in COUNTED_BUDGETS:
-            for title, params in FORMS.items():
-                merge = Merge(study, f"first{count}-{budget:g}-{title.split(',')[0]}", names, budget, **params)
-                found = average(merge.likeness(ORDER[:2]))
-                cells += [percent(found.missed.mean), str(found.same)]
+        cells = [str(count), percent(average_of_all.missed.mean), str(average_of_all.pixels), str(average_of_all.same)]
+        for title, params in FORMS.items():
+            merge = Merge(study, f"first{count}-{title.split(',')[0]}", names, COUNTED_RANKS, **params)
+            found = average(merge.likeness(ORDER[:2]))
+            cells += [mib(merge.numbers), percent(found.missed.mean), str(found.pixels), str(found.same)]
         rows.append(cells)
-    ways = ["average", *(f"{title.split(',')[0]} {budget:g} MiB" for budget in COUNTED_BUDGETS for title in FORMS)]
-    return table(["models", *(f"{way}: {what}" for way in ways for what in ("missed %", "same %"))], rows)
+    whats = ("missed %", "pixels %", "same %")
+    heads = [f"average: {what}" for what in whats]
+    heads += [f"{title.split(',')[0]}: {what}" for title in FORMS for what in ("MiB", *whats)]
+    return table(["models", *heads], rows)
 
 
 def _left_out(study: Study, merge: Merge) -> str:
@@ -189,7 +187,7 @@ def _outlier(study: Study, without: Merge) -> str:
     rows = []
     both = (
         ("without the outlier", without),
-        ("with it", Merge(study, "outlier", (*ORDER, OUTLIER), BUDGET, **WAYS["joint, ranks of the layers"])),
+        ("with it", Merge(study, "outlier", (*ORDER, OUTLIER), RANKS, **WAYS["joint, ranks of the layers"])),
     )
     for title, merge in both:
         own = ["", ""]

@@ -14,12 +14,18 @@ from torch.nn import functional as F
 _ZOOM, _GAP = 1.5, 4
 
 
+def head_of(caption: str) -> str:
+    """A caption in lines as wide as a picture: a large red star on sky → large red / star / on sky."""
+    _, *words = caption.split()
+    return " ".join(words[:2]) + f"\n{words[2]}\n" + " ".join(words[3:])
+
+
 def save_sheet(file: Path, rows: list[tuple[str, Tensor]], heads: list[str] | None = None, label: int = 170) -> None:
     """rows: a name (lines by newline) and [n, 3, h, w] in [-1, 1]; heads: a line above each column."""
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 13)
     shown = [(name, F.interpolate(pictures, scale_factor=_ZOOM, mode="bilinear")) for name, pictures in rows]
     high, wide = shown[0][1].shape[2] + _GAP, shown[0][1].shape[3] + _GAP
-    top = 36 if heads else 0
+    top = 18 * max(head.count("\n") + 1 for head in heads) if heads else 0
     columns = max(len(pictures) for _, pictures in shown)
     sheet = Image.new("RGB", (label + columns * wide, top + len(rows) * high), "white")
     pen = ImageDraw.Draw(sheet)
