@@ -31,13 +31,13 @@ from .model import HEADS, VAE_WIDTHS, WIDTHS, Model, load, new_unet, save
 FOLDER = Path(__file__).resolve().parents[1] / "scratch" / "family"
 Say = Callable[[str], None]
 SEEDS = {BASE: 1, SECOND: 2}
-RATE, TUNED_RATE = 1e-3, 5e-4
+RATE = 1e-3
 VAE, JUDGE = "autoencoder", "judge"
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Steps of each kind of training; how many pictures a base sees, and a fine-tune."""
+    """Steps of each kind of training; how many pictures a base sees, and a fine-tune; how fast that learns."""
 
     vae: int = 2200
     text: int = 350
@@ -46,6 +46,7 @@ class Effort:
     judge: int = 1200
     pictures: int = 4096
     tuned_pictures: int = 1024
+    tuned_rate: float = 5e-4
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -165,7 +166,9 @@ def _fine_tune(folder: Path, member: Member, say: Say, effort: Effort) -> Model:
     scenes = [among[i] for i in torch.randint(len(among), (effort.tuned_pictures,), generator=random).tolist()]
     latents = unet_training.encode(model, scenes, member.manner, random)
     captions = [member.caption(scene) for scene in scenes]
-    unet_training.fit(model, captions, latents, seed, say, steps=effort.tuned, rate=TUNED_RATE, text=member.text_only)
+    unet_training.fit(
+        model, captions, latents, seed, say, steps=effort.tuned, rate=effort.tuned_rate, text=member.text_only
+    )
     return model
 
 
