@@ -78,14 +78,11 @@ def _jobs(options: argparse.Namespace) -> dict[str, Job]:
     base, tuned, layers = folder / "base.safetensors", folder / "tuned.safetensors", folder / "layers.json"
     if not layers.exists():
         run([sys.executable, HERE / "pairs.py", TABLE, folder], options.threads)
-    high = folder / f"high{HIGH}.safetensors"
-    if not high.exists():
-        run([sys.executable, HERE / "resize_files.py", "sd15", str(HIGH), high, "--conv"], options.threads)
-    one, other = folder / f"one{RANK}.safetensors", folder / f"other{RANK}.safetensors"
-    for lora, verb in ((one, ["extract", "--base", base, "--tuned", tuned]), (other, ["resize", "--lora", high])):
+    # linear layers and 1×1 convolutions, as sd-scripts trains without conv_dim: two unlike ones, and one of high rank
+    one, other, high = (folder / f"lora{rank}.safetensors" for rank in (RANK, RANK + 1, HIGH))
+    for lora, rank in ((one, RANK), (other, RANK + 1), (high, HIGH)):
         if not lora.exists():
-            run([sys.executable, "-m", "lib_hypermerge", *verb, "--out", lora, "--rank", str(RANK), "--quiet"],
-                options.threads)  # fmt: skip
+            run([sys.executable, HERE / "resize_files.py", "sd15", str(rank), lora], options.threads)
     rank = str(RANK)
     written = ["--save_to", "{out}", "--save_precision", "fp16"]
     return {
@@ -102,7 +99,7 @@ def _jobs(options: argparse.Namespace) -> dict[str, Job]:
             ["--sd_model", base, "--models", one, "--ratios", "0.8", "--precision", "float", *written],
         ),
         "combine": Job(
-            f"combine two of rank {rank} into {rank}", [one, other],
+            f"combine two of rank {rank} and {RANK + 1} into {rank}", [one, other],
             ["combine", "--lora", one, "0.7", "--lora", other, "0.3", "--rank", rank], "svd_merge_lora.py",
             ["--models", one, other, "--ratios", "0.7", "0.3", "--new_rank", rank, "--new_conv_rank", rank,
              "--precision", "float", "--device", "cpu", *written],
