@@ -111,7 +111,7 @@ def test_sizes_are_those_of_the_numbers(folder: Path) -> None:
 
 
 def test_the_family_and_the_judge_are_told_of(asked: study.Study, tmp_path: Path) -> None:
-    answers = family.answer(asked, tmp_path)
+    answers = dict(family.answer(asked, tmp_path))
     assert [row[0] for row in cells(answers["family"])] == [BASE, SECOND, *(member.name for member in EVERY)]
     assert all(0 <= float(cell) <= 100 for row in cells(answers["judge"]) for cell in row[1:])
     assert np.asarray(Image.open(tmp_path / "family.png")).std() > 1
@@ -124,7 +124,7 @@ def test_extraction_misses_less_with_more_and_never_more_than_the_size(
         ("RANKS", (1, 8)), ("DRAWN_RANKS", (1, 4, 16)), ("TYPICAL", ("ink",)), ("RELATED", ["ink"]),
     ):  # fmt: skip
         monkeypatch.setattr(extraction, name, value)
-    answers = extraction.answer(asked, tmp_path)
+    answers = dict(extraction.answer(asked, tmp_path))
     assert [row[0] for row in cells(answers["extract-weights"])] == ["ink", study.OUTLIER]
     assert all(float(row[1]) > float(row[2]) for row in cells(answers["extract-weights"]))
     base, *ranks = cells(answers["extract-rank"])
@@ -145,7 +145,7 @@ def test_extraction_misses_less_with_more_and_never_more_than_the_size(
 def test_resizing_by_chance_misses_more(asked: study.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (extraction, resizing):
         monkeypatch.setattr(module, "TYPICAL", ("ink",))
-    missed = {row[0]: float(row[2]) for row in cells(resizing.answer(asked, tmp_path)["resize"])}
+    missed = {row[0]: float(row[2]) for row in cells(dict(resizing.answer(asked, tmp_path))["resize"])}
     assert missed["extracted at rank 32"] < missed["rank 32 resized to 4, SVD"] < missed["random directions, seed 0"]
     assert missed["rank 32 resized to 4, SVD"] == pytest.approx(missed["extracted at rank 4"], rel=0.02)
 
@@ -160,7 +160,7 @@ def test_hyper_merges_keep_to_the_bytes(asked: study.Study, tmp_path: Path, monk
         ("COUNTS", (2, 3)), ("COUNTED_RANKS", "3,3"), ("SOLVER", {"starts": 1, "iterations": 3}),
     ):  # fmt: skip
         monkeypatch.setattr(hypermerge, name, value)
-    answers = hypermerge.answer(asked, tmp_path)
+    answers = dict(hypermerge.answer(asked, tmp_path))
     assert set(answers) == {f"hyper-{name}" for name in ("ways", "budget", "how-many", "left-out", "outlier")}
     ways = {row[0]: row for row in cells(answers["hyper-ways"])}
     for title, row in ways.items():
@@ -182,7 +182,7 @@ def test_two_styles_are_combined_in_every_way(
     monkeypatch.setattr(combining, "RANKS", "6,5")
     monkeypatch.setattr(hypermerge, "SOLVER", {"starts": 1, "iterations": 3})
     monkeypatch.setattr(combining, "SHOWN", ("trained on both", "TIES, 1", "hyper-model"))
-    rows = cells(combining.answer(asked, tmp_path)["combine"])
+    rows = cells(dict(combining.answer(asked, tmp_path))["combine"])
     assert len(rows) == 1 + len(combining.METHODS) + 3
     assert rows[0][3].startswith("0.0") and all(not row[3].startswith("0.0 ") for row in rows[1:])
 
@@ -191,7 +191,7 @@ def test_transfers_say_when_they_were_refused(
     asked: study.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transferring, "CASES", (transferring.CASES[0], transferring.CASES[4]))
-    rows = cells(transferring.answer(asked, tmp_path)["transfer"])
+    rows = cells(dict(transferring.answer(asked, tmp_path))["transfer"])
     assert [row[1] for row in rows] == ["nothing", *transferring.METHODS] * 2
     assert {row[3] for row in rows[1:5]} == {"yes"} and {row[3] for row in rows[6:]} == {"no"}
 

@@ -54,7 +54,7 @@ def _answer(question: str, family: Path, docs: Path) -> None:
     start, work = time.perf_counter(), family / "evidence"
     module = import_module(f".{QUESTIONS[question]}", __package__)
     try:
-        for name, content in module.answer(Study(family, work), docs / "evidence").items():
+        for name, content in module.answer(Study(family, work), docs / "evidence"):
             print(f"\n{name}\n{content}", flush=True)
             fill(docs / "evidence.md", name, content)
     finally:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..members import BASE
 from .extraction import lora
-from .hypermerge import ORDER, RANKS, WAYS, Merge
+from .hypermerge import LAYERED, ORDER, RANKS, WAYS, Merge
 from .sheets import save_sheet
 from .study import Likeness, Study, average
 from .tables import table
@@ -32,11 +33,11 @@ SHOWN = (
 )  # fmt: skip
 
 
-def answer(study: Study, pictures: Path) -> dict[str, str]:
+def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
     rows: dict[str, list[str]] = {}
     sheet = []
     # neither model that is asked for is among those that were merged
-    joint = Merge(study, "combining", [n for n in ORDER if n not in PAIRS], RANKS, **WAYS["joint, ranks of the layers"])
+    joint = Merge(study, "combining", [n for n in ORDER if n not in PAIRS], RANKS, **WAYS[LAYERED])
     for target, parts in PAIRS.items():
         loras = [lora(study, name, f"r{RANK}", rank=RANK) for name in parts]
         shown = {}
@@ -61,7 +62,7 @@ def answer(study: Study, pictures: Path) -> dict[str, str]:
         sheet += [(f"{target}\n{title}", study.first_seed(shown[title], target)) for title in SHOWN]
     save_sheet(pictures / "combine.png", sheet, label=180)
     whats = ("both manners %", "as asked %", "pixels %", "features %")
-    return {"combine": table(["", *(f"{target}: {what}" for target in PAIRS for what in whats)], rows.values())}
+    yield "combine", table(["", *(f"{target}: {what}" for target in PAIRS for what in whats)], rows.values())
 
 
 def _combined(study: Study, label: str, loras: list[Path], weight: float, params: dict[str, Any]) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,10 @@ TYPICAL = ("ink", "night", "stripes", "ink-night")  # a style, a palette, a text
 SMALL = 4  # the rank at which variants are compared
 
 
-def answer(study: Study, pictures: Path) -> dict[str, str]:
-    return {
-        "extract-weights": _weights(study),
-        "extract-rank": _by_rank(study, pictures),
-        "extract-variants": _variants(study),
-    }
+def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
+    yield "extract-weights", _weights(study)
+    yield "extract-rank", _by_rank(study, pictures)
+    yield "extract-variants", _variants(study)
 
 
 def lora(study: Study, name: str, label: str, base: str = BASE, **params: Any) -> Path:

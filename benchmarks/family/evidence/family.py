@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ ABOUT = {
 _UNSEEN = 12345
 
 
-def answer(study: Study, pictures: Path) -> dict[str, str]:
+def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
     rows, sheet = [], []
     for name in (BASE, SECOND, *(member.name for member in EVERY)):
         member = member_of(name)
@@ -39,7 +40,8 @@ def answer(study: Study, pictures: Path) -> dict[str, str]:
         "model", "what it is", "as asked %", "in its manner %", "weights changed by %",
         "its parent's pictures: pixels %", "judged the same %",
     )  # fmt: skip
-    return {"family": table(titles, rows), "judge": _judge(study)}
+    yield "family", table(titles, rows)
+    yield "judge", _judge(study)
 
 
 def _judge(study: Study) -> str:

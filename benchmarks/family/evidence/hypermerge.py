@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from .weights import weighted_sum
 
 # Ranks of the LoRAs, of nine models: 8 MiB of numbers; whole, their U-Nets and text encoders have 135.
 RANKS = "10,8,6,6,5,5"
-OTHER_RANKS = ("3,3,2,2", "20,16,12,12,10,10")
+OTHER_RANKS = ("3,3,2,2",)
 COUNTS, COUNTED_RANKS = (2, 5, 9), "8,6,6"
 # One start and few sweeps instead of three and many: nine models in every way would take hours otherwise.
 SOLVER: dict[str, Any] = {"starts": 1, "iterations": 40, "tolerance": 1e-3}
+LAYERED = "joint, ranks of the layers"
 # In this order they come into "how many models": the unlike first, then what is made of them.
 ORDER = ("ink", "night", "stripes", "soft", "pair", "ink-night", "contour", "round", "turned")
 FORMS: dict[str, dict[str, Any]] = {
@@ -27,7 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "joint": {},
-    "joint, ranks of the layers": FORMS["LoRAs, ranks of the layers"],
+    LAYERED: FORMS["LoRAs, ranks of the layers"],
     "joint, every layer by its size": {"layer_weights": "relative"},
     "joint, norms and biases beside": {"remainders": "all"},
     "greedy, as published": {"solver": "greedy"},
@@ -36,16 +37,19 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def answer(study: Study, pictures: Path) -> dict[str, str]:
+def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
     assert set(ORDER) == set(RELATED)
-    layers = Merge(study, "layers", ORDER, RANKS, **WAYS["joint, ranks of the layers"])
-    return {
-        "hyper-ways": _ways(study, pictures),
-        "hyper-budget": _budgets(study),
-        "hyper-how-many": _how_many(study),
-        "hyper-left-out": _left_out(study, layers),
-        "hyper-outlier": _outlier(study, layers),
-    }
+    merges: dict[str, Merge] = {}
+    found: dict[str, list[Likeness]] = {}
+    for number, (title, params) in enumerate(WAYS.items()):
+        merges[title] = Merge(study, f"way{number}", ORDER, RANKS, **params)
+        found[title] = merges[title].likeness()
+    yield "hyper-ways", _ways(study, merges, found)
+    _sheet(study, merges, pictures / "hyper.png")
+    yield "hyper-left-out", _left_out(study, merges[LAYERED])
+    yield "hyper-outlier", _outlier(study, average(found[LAYERED]))
+    yield "hyper-how-many", _how_many(study)
+    yield "hyper-budget", _budgets(study)
 
 
 class Merge:
@@ -115,31 +119,26 @@ def _own(study: Study, base: Path, label: str, numbers: int) -> tuple[int, list[
     return total, found
 
 
-def _ways(study: Study, pictures: Path) -> str:
-    mean = mean_of(study, ORDER)
+def _ways(study: Study, merges: dict[str, Merge], found: dict[str, list[Likeness]]) -> str:
     rows = [
         ["the base", "0", *likeness(_against(study, study.original(BASE), ORDER))],
-        ["the plain average", "0", *likeness(_against(study, mean, ORDER))],
+        ["the plain average", "0", *likeness(_against(study, mean_of(study, ORDER), ORDER))],
     ]
-    numbers = 0
-    for number, (title, params) in enumerate(WAYS.items()):
-        merge = Merge(study, f"way{number}", ORDER, RANKS, **params)
-        numbers = numbers or merge.numbers  # of the first, which all others have too
-        rows.append([title, mib(merge.numbers), *likeness(average(merge.likeness()))])
-    for title, base in (("base", study.original(BASE)), ("average", mean)):
-        total, found = _own(study, base, title, numbers)
-        rows.append([f"own LoRAs from the {title}", mib(total), *likeness(average(found))])
-    ways = list(WAYS)
-    shown = {
-        "hyper-model and\nshared LoRAs": f"hyper-way{ways.index('joint, ranks of the layers')}",
-        "container": f"hyper-way{ways.index('container')}",
-    }
+    rows += [[title, mib(merge.numbers), *likeness(average(found[title]))] for title, merge in merges.items()]
+    for title, base in (("base", study.original(BASE)), ("average", mean_of(study, ORDER))):
+        total, own = _own(study, base, title, merges[LAYERED].numbers)
+        rows.append([f"own LoRAs from the {title}", mib(total), *likeness(average(own))])
+    return table(["", "MiB of numbers", *LIKENESS], rows)
+
+
+def _sheet(study: Study, merges: dict[str, Merge], file: Path) -> None:
+    """Every fine-tune, and what hyper-model and shared LoRAs, and a container, draw in its stead."""
     sheet = []
     for name in ORDER:
         sheet.append((f"{name}\nthe fine-tune", study.first_seed(study.original(name), name)))
-        sheet += [(title, study.first_seed(study.made(f"{made}-{name}"), name)) for title, made in shown.items()]
-    save_sheet(pictures / "hyper.png", sheet)
-    return table(["", "MiB of numbers", *LIKENESS], rows)
+        for title, way in (("hyper-model and\nshared LoRAs", LAYERED), ("container", "container")):
+            sheet.append((title, study.first_seed(study.made(f"hyper-{merges[way].label}-{name}"), name)))
+    save_sheet(file, sheet)
 
 
 def _budgets(study: Study) -> str:
@@ -183,16 +182,12 @@ def _left_out(study: Study, merge: Merge) -> str:
     return table(["", *LIKENESS], ([title, *likeness(study.compare(file, target))] for title, file in files.items()))
 
 
-def _outlier(study: Study, without: Merge) -> str:
-    rows = []
-    both = (
-        ("without the outlier", without),
-        ("with it", Merge(study, "outlier", (*ORDER, OUTLIER), RANKS, **WAYS["joint, ranks of the layers"])),
-    )
-    for title, merge in both:
-        own = ["", ""]
-        if OUTLIER in merge.names:
-            found = merge.likeness((OUTLIER,))[0]
-            own = [percent(found.missed.mean), str(found.same)]
-        rows.append([title, *likeness(average(merge.likeness(ORDER))), *own])
-    return table(["the nine", *LIKENESS, "the outlier: missed %", "judged the same %"], rows)
+def _outlier(study: Study, without: Likeness) -> str:
+    merge = Merge(study, "outlier", (*ORDER, OUTLIER), RANKS, **WAYS[LAYERED])
+    nine, own = average(merge.likeness(ORDER)), merge.likeness((OUTLIER,))[0]
+    rows = [
+        ["the nine without the outlier", *likeness(without)],
+        ["the nine with it", *likeness(nine)],
+        ["the outlier", *likeness(own)],
+    ]
+    return table(["", *LIKENESS], rows)

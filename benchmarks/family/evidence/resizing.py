@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from .tables import LIKENESS, table
 FROM, TO = 32, 4
 
 
-def answer(study: Study, pictures: Path) -> dict[str, str]:
+def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
     del pictures
     high = {name: lora(study, name, f"r{FROM}", rank=FROM) for name in TYPICAL}
     low = {name: lora(study, name, f"r{TO}", rank=TO) for name in TYPICAL}
@@ -36,4 +37,4 @@ def answer(study: Study, pictures: Path) -> dict[str, str]:
         for seed in (0,) if method == "rsvd" else (0, 1):
             files = {name: resized(name, f"{method}{seed}", rank=[TO], method=method, seed=seed) for name in TYPICAL}
             rows.append(row(study, f"{title}, seed {seed}", files))
-    return {"resize": table(["", "MiB of numbers", *LIKENESS], rows)}
+    yield "resize", table(["", "MiB of numbers", *LIKENESS], rows)

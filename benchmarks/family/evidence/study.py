@@ -149,8 +149,10 @@ class Study:
 
     def run(self, verb: str, **params: Any) -> Report:
         """One of Hypermerge's jobs, as the command line runs it; paths become names."""
-        plain = json.loads(json.dumps(params, default=str))
-        return execute(VERBS[verb], VERBS[verb].spec.from_json({**plain, "overwrite": True}), PathHost(), Context())
+        spec = VERBS[verb].spec
+        again = {"overwrite": True} if "overwrite" in spec.params() else {}
+        plain = json.loads(json.dumps({**params, **again}, default=str))
+        return execute(VERBS[verb], spec.from_json(plain), PathHost(), Context())
 
     def applied(self, base: Path, lora: Path) -> Path:
         """The base with this LoRA in it, a checkpoint beside the LoRA."""

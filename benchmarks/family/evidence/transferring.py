@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from lib_hypermerge.errors import HypermergeError
@@ -26,7 +27,7 @@ CASES = (
 )
 
 
-def answer(study: Study, pictures: Path) -> dict[str, str]:
+def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
     rows, sheet = [], []
     for source, tuned, target, like, manner in CASES:
         made = lora(study, tuned, f"from-{source}-r{RANK}", source, rank=RANK)
@@ -55,4 +56,4 @@ def answer(study: Study, pictures: Path) -> dict[str, str]:
         "LoRA", "method", "similarity Φ %", "refused unless forced", "in the manner it should have %", "as asked %",
         "pixels % to what it should be",
     )  # fmt: skip
-    return {"transfer": table(heads, rows)}
+    yield "transfer", table(heads, rows)
