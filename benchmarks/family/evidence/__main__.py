@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _answer(question: str, family: Path, docs: Path) -> None:
     """Its tables into the page, its pictures beside it; nothing else is left."""
-    start, work = time.perf_counter(), family / "evidence"
+    start, work = time.perf_counter(), family / f"evidence-{question}"
     module = import_module(f".{QUESTIONS[question]}", __package__)
     try:
         for name, content in module.answer(Study(family, work), docs / "evidence"):
