@@ -6,6 +6,7 @@ python start.py evidence [--only family extraction hyper …]
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OtherFamilyError as error:
         print(f"start.py evidence: {error}", file=sys.stderr)
         return 1
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
     for question in QUESTIONS:
         if question in options.only:
             _answer(question, options.family, options.docs)

@@ -27,13 +27,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "LoRAs, ranks of the layers": {"allocation": "layers"}, "container": {"form": "container"},
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
-    "joint": {},
     LAYERED: FORMS["LoRAs, ranks of the layers"],
-    "joint, every layer by its size": {"layer_weights": "relative"},
-    "joint, norms and biases beside": {"remainders": "all"},
+    "container": FORMS["container"],
+    "joint": {},
     "greedy, as published": {"solver": "greedy"},
     "directions": {"solver": "directions"},
-    "container": FORMS["container"],
+    "joint, every layer by its size": {"layer_weights": "relative"},
+    "joint, norms and biases beside": {"remainders": "all"},
 }
 
 
@@ -41,10 +41,16 @@ def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
     assert set(ORDER) == set(RELATED)
     merges: dict[str, Merge] = {}
     found: dict[str, list[Likeness]] = {}
+    rows = _yardsticks(study)
     for number, (title, params) in enumerate(WAYS.items()):
-        merges[title] = Merge(study, f"way{number}", ORDER, RANKS, **params)
-        found[title] = merges[title].likeness()
-    yield "hyper-ways", _ways(study, merges, found)
+        merge = merges[title] = Merge(study, f"way{number}", ORDER, RANKS, **params)
+        found[title] = merge.likeness()
+        rows.append([title, mib(merge.numbers), *likeness(average(found[title]))])
+        yield "hyper-ways", table(["", "MiB of numbers", *LIKENESS], rows)  # the whole takes a while
+    for title, base in (("base", study.original(BASE)), ("average", mean_of(study, ORDER))):
+        total, own = _own(study, base, title, merges[LAYERED].numbers)
+        rows.append([f"own LoRAs from the {title}", mib(total), *likeness(average(own))])
+    yield "hyper-ways", table(["", "MiB of numbers", *LIKENESS], rows)
     _sheet(study, merges, pictures / "hyper.png")
     yield "hyper-left-out", _left_out(study, merges[LAYERED])
     yield "hyper-outlier", _outlier(study, average(found[LAYERED]))
@@ -119,16 +125,9 @@ def _own(study: Study, base: Path, label: str, numbers: int) -> tuple[int, list[
     return total, found
 
 
-def _ways(study: Study, merges: dict[str, Merge], found: dict[str, list[Likeness]]) -> str:
-    rows = [
-        ["the base", "0", *likeness(_against(study, study.original(BASE), ORDER))],
-        ["the plain average", "0", *likeness(_against(study, mean_of(study, ORDER), ORDER))],
-    ]
-    rows += [[title, mib(merge.numbers), *likeness(average(found[title]))] for title, merge in merges.items()]
-    for title, base in (("base", study.original(BASE)), ("average", mean_of(study, ORDER))):
-        total, own = _own(study, base, title, merges[LAYERED].numbers)
-        rows.append([f"own LoRAs from the {title}", mib(total), *likeness(average(own))])
-    return table(["", "MiB of numbers", *LIKENESS], rows)
+def _yardsticks(study: Study) -> list[list[str]]:
+    files = {"the base": study.original(BASE), "the plain average": mean_of(study, ORDER)}
+    return [[title, "0", *likeness(_against(study, file, ORDER))] for title, file in files.items()]
 
 
 def _sheet(study: Study, merges: dict[str, Merge], file: Path) -> None:
