@@ -14,7 +14,7 @@ from .study import OUTLIER, RELATED, Likeness, Study, at_size, average, numbers_
 from .tables import LIKENESS, likeness, mib, percent, table
 from .weights import weighted_sum
 
-# Ranks of the LoRAs, of nine models: 8 MiB of numbers; whole, their U-Nets and text encoders have 135.
+# Ranks of the LoRAs, of nine models: 9 MiB of numbers; whole, their U-Nets and text encoders have 135.
 RANKS = "10,8,6,6,5,5"
 OTHER_RANKS = ("3,3,2,2",)
 COUNTS, COUNTED_RANKS = (2, 5, 9), "8,6,6"
