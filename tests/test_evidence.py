@@ -214,14 +214,14 @@ def test_clamping_cuts_the_largest_numbers_of_the_svd(folder: Path, tmp_path: Pa
         up, down = (plain[k].flatten(1).numpy().astype(np.float64) for k in (key, key.replace("up", "down")))
         rank = len(down)
         u, sigma, v = np.linalg.svd(up @ down, full_matrices=False)  # alpha is the rank
-        factors = u[:, :rank] * sigma[:rank], v[:rank]
-        found = [np.abs(cut[k].flatten(1).numpy().astype(np.float64)) for k in (key, key.replace("up", "down"))]
-        entries = np.abs(np.concatenate([factor.ravel() for factor in factors]))
-        limit = max(part.max() for part in found)  # of signed entries: which sign a vector has is by chance
-        assert np.quantile(entries, 0.96) < limit < np.quantile(entries, 0.996)
-        for part, factor in zip(found, factors, strict=True):
-            expected = np.sort(np.minimum(np.abs(factor), limit).ravel())
-            assert np.allclose(np.sort(part.ravel()), expected, rtol=2e-3, atol=2e-3 * limit)
+        entries = np.abs(np.concatenate([(u[:, :rank] * sigma[:rank]).ravel(), v[:rank].ravel()]))
+        found = [cut[k].flatten(1).numpy().astype(np.float64) for k in (key, key.replace("up", "down"))]
+        sizes = np.abs(np.concatenate([part.ravel() for part in found]))
+        # the largest two or so in a hundred stand at the limit: of signed entries, and which sign a vector has is chance
+        assert np.quantile(entries, 0.96) < sizes.max() < np.quantile(entries, 0.997)
+        assert (sizes > 0.998 * sizes.max()).mean() > 0.005
+        off = np.linalg.norm(found[0] @ found[1] - up @ down) / np.linalg.norm(up @ down)
+        assert 0 < off < 0.5
 
 
 def test_a_packed_checkpoint_is_close_and_smaller(folder: Path) -> None:
