@@ -35,7 +35,7 @@ def main(base_path: str, tuned_path: str, layers_path: str, threads: str, which:
             first = seen[tuple(layer["shape"])] == 1
             if which == "shapes" and not first and math.prod(layer["shape"]) > _CHECKED // 4:
                 continue
-            dW = _rows(tuned, layer["tuned"]).sub_(_rows(base, layer["base"]))
+            dW = rows(tuned, layer["tuned"]).sub_(rows(base, layer["base"]))
             square = squares(dW)
             if first and dW.numel() <= _CHECKED:
                 worst_check = max(worst_check, _disagreement(square, dW))
@@ -52,7 +52,7 @@ def main(base_path: str, tuned_path: str, layers_path: str, threads: str, which:
     print(json.dumps({"layers": count, "full_rank": full_rank, "svd_disagrees_by": worst_check, "files": out}))
 
 
-def _rows(file, place: tuple[str, int, int]) -> torch.Tensor:
+def rows(file, place: tuple[str, int, int]) -> torch.Tensor:
     name, start, stop = place
     return file.get_slice(name)[start:stop].double().flatten(1)
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from errors import rows
 from safetensors import safe_open
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def of_pair(base: Path, tuned: Path, layers: Path, loras: list[Path]) -> dict[st
         first, second = (opened.enter_context(safe_open(file, "pt")) for file in (base, tuned))
         files = {lora.name: opened.enter_context(safe_open(lora, "pt")) for lora in loras}
         for layer in json.loads(layers.read_text()):
-            change = _rows(second, layer["tuned"]) - _rows(first, layer["base"])
+            change = rows(second, layer["tuned"]) - rows(first, layer["base"])
             whole += float(change.square().sum())
             for name, file in files.items():
                 found = factors(file, layer["name"])
@@ -67,11 +68,6 @@ def of_sum(terms: dict[Path, float], loras: list[Path]) -> dict[str, float]:
                 found = factors(file, module)
                 missed[name] += square(parts if found is None else [*parts, (-found[0], found[1])])
     return {name: (max(0.0, value) / whole) ** 0.5 for name, value in missed.items()}
-
-
-def _rows(file, place: tuple[str, int, int]) -> Tensor:
-    name, start, stop = place
-    return file.get_slice(name)[start:stop].double().flatten(1)
 
 
 def main(kind: str, *arguments: str) -> None:

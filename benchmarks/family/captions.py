@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -45,6 +47,14 @@ SCENES = [
     )
 ]
 NUMBER_SCENES = [Scene(number, number=True) for number in range(len(NUMBERS))]
+
+
+T = TypeVar("T")
+
+
+def by_lot(among: Sequence[T], count: int, random: torch.Generator) -> list[T]:
+    """Drawn with replacement."""
+    return [among[number] for number in torch.randint(len(among), (count,), generator=random).tolist()]
 
 
 def _byte_characters() -> list[str]:

@@ -13,16 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib_hypermerge.hosts.standalone import PathHost
-from lib_hypermerge.jobs.host import Context
-from lib_hypermerge.jobs.report import Report
-from lib_hypermerge.jobs.runner import execute
-from lib_hypermerge.jobs.verbs import VERBS
 from lib_hypermerge.render import as_text, mib, percent
 
 from . import hosts, unet_training
-from .captions import SCENES
+from .captions import SCENES, by_lot
 from .evidence.sheets import head_of, save_sheet
+from .jobs import run
 from .model import Model, from_tensors, load, save
 from .pack import FILE, unpack
 from .sampling import pictures
@@ -53,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     hosts.write_configurations(folder, ["base", "night", "night-again"])
     print(f"That took {time.perf_counter() - start:.0f} s.\n")
 
-    print(as_text(_job("extract", base=base, tuned=tuned, out=lora, rank=_RANK)))
-    _job("merge", checkpoint=base, loras=[{"lora": str(lora)}], out=again)
+    print(as_text(run("extract", base=base, tuned=tuned, out=lora, rank=_RANK)))
+    run("merge", checkpoint=base, loras=[{"lora": lora}], out=again)
     print("\nDrawing with the base, the fine-tune, and base + LoRA, same prompts, same seeds …", flush=True)
     of_base, of_tuned, of_both = (_pictures(file) for file in (base, tuned, again))
     rows = [("the base", of_base), ("fine-tuned,\nall weights", of_tuned), (f"base + LoRA\nof rank {_RANK}", of_both)]
@@ -76,7 +72,7 @@ def _pictures(file: Path) -> Tensor:
 
 def _fine_tune(model: Model, steps: int) -> None:
     random = torch.Generator().manual_seed(0)
-    scenes = [SCENES[i] for i in torch.randint(len(SCENES), (_PICTURES,), generator=random).tolist()]
+    scenes = by_lot(SCENES, _PICTURES, random)
     latents = unet_training.encode(model, scenes, _MANNER, random)
     captions = list(map(str, scenes))
 
@@ -84,11 +80,6 @@ def _fine_tune(model: Model, steps: int) -> None:
         print(f"  {text}", flush=True)
 
     unet_training.fit(model, captions, latents, 0, say, steps=steps, rate=_RATE, average=0.9, every=20)
-
-
-def _job(verb: str, **params: object) -> Report:
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in params.items()}
-    return execute(VERBS[verb], VERBS[verb].spec.from_json({**plain, "overwrite": True}), PathHost(), Context())
 
 
 if __name__ == "__main__":

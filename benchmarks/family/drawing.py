@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from .captions import SUBJECTS, Scene
+from .captions import NUMBER_SCENES, SCENES, SUBJECTS, Scene
 
 SIDE = 64  # pixels of a picture
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "STIXGeneral", "cmr10")
@@ -30,6 +30,11 @@ _NIGHT = torch.tensor([[0.20, 0.20, 0.22], [0.24, 0.15, 0.04], [0.03, 0.10, 0.28
 MANNERS = (
     "plain", "ink", "night", "stripes", "soft", "ink-night", "contour", "pair", "night-stripes", "numbers"
 )  # fmt: skip
+
+
+def scenes_in(manner: str) -> list[Scene]:
+    """All that can be drawn in it."""
+    return NUMBER_SCENES if manner == "numbers" else SCENES
 
 
 def draw(scenes: list[Scene], manner: str, random: torch.Generator, side: int = SIDE) -> Tensor:

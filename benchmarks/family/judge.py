@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .captions import COLOURS, GROUNDS, NUMBER_SCENES, NUMBERS, SCENES, SIZES, SUBJECTS, Scene
-from .drawing import MANNERS, draw
+from .captions import COLOURS, GROUNDS, NUMBERS, SIZES, SUBJECTS, Scene, by_lot
+from .drawing import MANNERS, draw, scenes_in
 
 HEADS = {
     "subject": len(SUBJECTS) + len(NUMBERS), "colour": len(COLOURS), "size": len(SIZES), "ground": len(GROUNDS),
@@ -104,8 +104,7 @@ def score(
 def _batch(each: int, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     pictures, right = [], []
     for number, manner in enumerate(MANNERS):
-        among = NUMBER_SCENES if manner == "numbers" else SCENES
-        scenes = [among[i] for i in torch.randint(len(among), (each,), generator=random).tolist()]
+        scenes = by_lot(scenes_in(manner), each, random)
         pictures.append(draw(scenes, manner, random))
         right.append(answers(scenes, number))
     return torch.cat(pictures), {name: torch.cat([r[name] for r in right]) for name in HEADS}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .captions import COLOURS, NUMBER_SCENES, SCENES, SUBJECTS, Scene
+from .captions import COLOURS, SUBJECTS, Scene
+from .drawing import scenes_in
 
 BASE, SECOND = "base", "second-base"
 
@@ -22,9 +23,7 @@ class Member:
     text_only: bool = False
 
     def scenes(self) -> list[Scene]:
-        if self.manner == "numbers":
-            return NUMBER_SCENES
-        return [scene for scene in SCENES if SUBJECTS[scene.subject] in self.subjects]
+        return [s for s in scenes_in(self.manner) if s.number or SUBJECTS[s.subject] in self.subjects]
 
     def caption(self, scene: Scene) -> str:
         """The words of a training picture that shows the scene."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,13 +54,18 @@ def new_text(tokenizer: Tokenizer) -> TextEncoder:
 def save(file: Path, parts: dict[str, nn.Module], dtype: torch.dtype = torch.float16) -> None:
     """A checkpoint in the layout of SD1.5; whole numbers keep their type."""
     tensors = {
-        PREFIXES[part] + name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        PREFIXES[part] + name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
+    write(file, tensors)
+
+
+def write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Beside its target, then renamed: a file that is there is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(file.name + ".part")
-    save_file(tensors, beside, metadata={"format": "pt"})
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside, metadata={"format": "pt"})
     beside.replace(file)
 
 

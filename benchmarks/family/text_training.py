@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .captions import END, NUMBER_SCENES, SCENES, WORDS, Tokenizer
+from .captions import END, NUMBER_SCENES, SCENES, WORDS, Tokenizer, by_lot
 from .model import TEXT_WIDTH, new_text
 from .text_encoder import TextEncoder
 
@@ -24,7 +24,7 @@ def train(tokenizer: Tokenizer, seed: int, say: Callable[[str], None], steps: in
     optimiser = torch.optim.AdamW(parameters, 1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps + 1)
     for step in range(1, steps + 1):
-        captions = [among[i] for i in torch.randint(len(among), (size,), generator=random).tolist()]
+        captions = by_lot(among, size, random)
         words = [[w for w in c.split() if torch.rand((), generator=random) > 0.15] for c in captions]
         right = torch.tensor([[float(word in row) for word in WORDS] for row in words])
         ids = tokenizer([" ".join(row) for row in words])

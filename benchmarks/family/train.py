@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from . import hosts, judge, text_training, unet_training, vae_training
 from .autoencoder import Autoencoder
-from .captions import SCENES, Tokenizer
+from .captions import SCENES, Tokenizer, by_lot
 from .members import BASE, EVERY, SECOND, Member
-from .model import HEADS, VAE_WIDTHS, WIDTHS, Model, load, new_unet, save
+from .model import HEADS, VAE_WIDTHS, WIDTHS, Model, load, new_unet, save, write
 
 FOLDER = Path(__file__).resolve().parents[1] / "scratch" / "family"
 Say = Callable[[str], None]
@@ -115,21 +115,15 @@ def train_part(folder: Path, name: str, effort: Effort) -> None:
 
     torch.set_num_threads(2 if name == VAE else 1)
     if name == VAE:
-        _save_plain(folder, name, vae_training.train(VAE_WIDTHS, 0, say, effort.vae).state_dict())
+        write(file_of(folder, name), vae_training.train(VAE_WIDTHS, 0, say, effort.vae).state_dict())
     elif name == JUDGE:
-        _save_plain(folder, name, judge.train(0, say, effort.judge).state_dict())
+        write(file_of(folder, name), judge.train(0, say, effort.judge).state_dict())
     elif name in SEEDS:
         save(file_of(folder, name), _base(folder, SEEDS[name], say, effort).parts())
     else:
         member = next(member for member in EVERY if member.name == name)
         save(file_of(folder, name), _fine_tune(folder, member, say, effort).parts())
     say("done")
-
-
-def _save_plain(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
-    beside = folder / f"{name}.part"
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside)
-    beside.replace(file_of(folder, name))
 
 
 def load_vae(folder: Path) -> Autoencoder:
@@ -150,7 +144,7 @@ def _base(folder: Path, seed: int, say: Say, effort: Effort) -> Model:
     torch.manual_seed(seed)
     model = Model(new_unet(), text, load_vae(folder), tokenizer)
     random = torch.Generator().manual_seed(seed)
-    scenes = [SCENES[i] for i in torch.randint(len(SCENES), (effort.pictures,), generator=random).tolist()]
+    scenes = by_lot(SCENES, effort.pictures, random)
     latents = unet_training.encode(model, scenes, "plain", random)
     say("pictures are encoded")
     captions = [str(scene) for scene in scenes]
@@ -162,8 +156,7 @@ def _fine_tune(folder: Path, member: Member, say: Say, effort: Effort) -> Model:
     model = load(file_of(folder, member.parent))
     seed = 100 + EVERY.index(member)
     random = torch.Generator().manual_seed(seed)
-    among = member.scenes()
-    scenes = [among[i] for i in torch.randint(len(among), (effort.tuned_pictures,), generator=random).tolist()]
+    scenes = by_lot(member.scenes(), effort.tuned_pictures, random)
     latents = unet_training.encode(model, scenes, member.manner, random)
     captions = [member.caption(scene) for scene in scenes]
     unet_training.fit(

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .autoencoder import SCALE, Autoencoder, Block
-from .captions import NUMBER_SCENES, SCENES
-from .drawing import MANNERS, draw
+from .captions import by_lot
+from .drawing import MANNERS, draw, scenes_in
 
 _SIZE, _RATE = 8, 2e-3
 _KL, _NOISE = 1e-6, 0.05
@@ -23,15 +23,14 @@ def batch(size: int, random: torch.Generator) -> Tensor:
     """Pictures of scenes and manners drawn by lot, as many of each manner in the long run."""
     pictures = []
     for number in torch.randint(len(MANNERS), (size,), generator=random).tolist():
-        scenes = NUMBER_SCENES if MANNERS[number] == "numbers" else SCENES
-        scene = scenes[int(torch.randint(len(scenes), (1,), generator=random))]
-        pictures.append(draw([scene], MANNERS[number], random))
+        manner = MANNERS[number]
+        pictures.append(draw(by_lot(scenes_in(manner), 1, random), manner, random))
     return torch.cat(pictures)
 
 
 def fast_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16 (AVX-512 BF16 or AMX); elsewhere float32 is quicker."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def train(widths: tuple[int, ...], seed: int, say: Callable[[str], None], steps: int) -> Autoencoder:

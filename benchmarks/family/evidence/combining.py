@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..jobs import run
 from ..members import BASE
 from .extraction import lora
 from .hypermerge import LAYERED, ORDER, RANKS, WAYS, Merge
@@ -67,7 +68,7 @@ def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
 
 def _combined(study: Study, label: str, loras: list[Path], weight: float, params: dict[str, Any]) -> Path:
     out = study.made(label.replace(" ", "-").replace(",", ""))
-    study.run("combine", loras=[{"lora": str(file), "weight": weight} for file in loras], out=out, **params)
+    run("combine", loras=[{"lora": file, "weight": weight} for file in loras], out=out, **params)
     return study.applied(study.original(BASE), out)
 
 

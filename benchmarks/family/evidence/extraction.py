@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..jobs import run
 from ..members import BASE
 from .sheets import save_sheet
 from .study import OUTLIER, RELATED, Likeness, Study, at_size, average, numbers_of
@@ -26,10 +27,10 @@ def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
     yield "extract-variants", _variants(study)
 
 
-def lora(study: Study, name: str, label: str, base: str = BASE, **params: Any) -> Path:
-    """A LoRA of a fine-tune."""
+def lora(study: Study, name: str, label: str, base: Path | None = None, **params: Any) -> Path:
+    """A LoRA of a fine-tune, for the base that it came from or for another."""
     out = study.made(f"{name}-{label}")
-    study.run("extract", base=study.original(base), tuned=study.original(name), out=out, **params)
+    run("extract", base=base or study.original(BASE), tuned=study.original(name), out=out, **params)
     return out
 
 
@@ -58,7 +59,7 @@ def _weights(study: Study) -> str:
     rows = []
     for name in (*RELATED, OUTLIER):
         given = {"base": study.original(BASE), "tuned": study.original(name)}
-        reports = [study.run("extract", **given, out=study.made(f"{name}-r{rank}"), rank=rank) for rank in RANKS]
+        reports = [run("extract", **given, out=study.made(f"{name}-r{rank}"), rank=rank) for rank in RANKS]
         errors = [percent(report.relative_error) for report in reports]
         rows.append([name, *errors, percent(reports[0].details["uncarried_share"] ** 0.5)])
     return table(["missed %", *(f"rank {rank}" for rank in RANKS), "not in the file (norms, biases …)"], rows)

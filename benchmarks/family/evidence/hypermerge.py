@@ -8,9 +8,11 @@ from typing import Any
 
 from lib_hypermerge.jobs.report import Report
 
+from ..jobs import run
 from ..members import BASE, LEFT_OUT
+from .extraction import sized
 from .sheets import save_sheet
-from .study import OUTLIER, RELATED, Likeness, Study, at_size, average, numbers_of
+from .study import OUTLIER, RELATED, Likeness, Study, average, numbers_of
 from .tables import LIKENESS, likeness, mib, percent, table
 from .weights import weighted_sum
 
@@ -64,7 +66,7 @@ class Merge:
     def __init__(self, study: Study, label: str, names: Sequence[str], ranks: str, **params: Any):
         self.study, self.label, self.names = study, label, tuple(names)
         self.model = study.work / f"hyper-{label}" / f"{label}.safetensors"
-        self.report: Report = study.run(
+        self.report: Report = run(
             "hyper", models=[study.original(name) for name in names], name=label, out_dir=self.model.parent,
             ranks=ranks, **SOLVER, **params,
         )  # fmt: skip
@@ -76,13 +78,13 @@ class Merge:
 
     def restore(self, name: str) -> Path:
         out = self.study.made(f"hyper-{self.label}-{name}")
-        self.study.run("restore", hyper=self.model, model=name, out=out)
+        run("restore", hyper=self.model, model=name, out=out)
         return self.study.new(out)
 
     def blend(self, multipliers: dict[str, float], label: str) -> Path:
         out = self.study.made(label)
         told = ",".join(f"{name}={number}" for name, number in multipliers.items())
-        self.study.run("restore", hyper=self.model, multipliers=told, out=out)
+        run("restore", hyper=self.model, multipliers=told, out=out)
         return self.study.new(out)
 
     def both(self, parts: Sequence[str]) -> dict[str, float]:
@@ -111,18 +113,9 @@ def _against(study: Study, file: Path, names: Sequence[str]) -> Likeness:
 
 def _own(study: Study, base: Path, label: str, numbers: int) -> tuple[int, list[Likeness]]:
     """A LoRA of its own for each model, ranks allotted, all together with so many bytes of numbers."""
-    found, total = [], 0
-    for name in ORDER:
-        out = study.made(f"own-{label}-{name}")
-
-        def make(target: float, name: str = name, out: Path = out) -> int:
-            study.run("extract", base=base, tuned=study.original(name), out=out, rank_rule="size", rank_target=target)
-            return numbers_of(out)
-
-        at_size(make, numbers / len(ORDER) / 2**20)
-        total += numbers_of(out)
-        found.append(study.compare(study.applied(base, out), name))
-    return total, found
+    loras = {name: sized(study, name, f"own-{label}", numbers / len(ORDER) / 2**20, base=base) for name in ORDER}
+    found = [study.compare(study.applied(base, file), name) for name, file in loras.items()]
+    return sum(map(numbers_of, loras.values())), found
 
 
 def _yardsticks(study: Study) -> list[list[str]]:
@@ -171,7 +164,7 @@ def _how_many(study: Study) -> str:
 def _left_out(study: Study, merge: Merge) -> str:
     """A model that no LoRA was made for, by multipliers fitted to it; beside it what else could stand in for it."""
     target = LEFT_OUT.name
-    report = study.run("fit", hyper=merge.model, model=study.original(target))
+    report = run("fit", hyper=merge.model, model=study.original(target))
     files = {
         "fitted multipliers": merge.blend(report.details["multipliers"], "left-out-fitted"),
         "those of stripes and of night, added": merge.blend(merge.both(("stripes", "night")), "left-out-added"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..jobs import run
 from .extraction import TYPICAL, lora, row
 from .study import Study, at_size, numbers_of
 from .tables import LIKENESS, table
@@ -22,7 +23,7 @@ def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
 
     def resized(name: str, label: str, **params: Any) -> Path:
         out = study.made(f"{name}-{label}")
-        study.run("resize", loras=[high[name]], out=out, **params)
+        run("resize", loras=[high[name]], out=out, **params)
         return out
 
     def allotted(name: str, label: str) -> Path:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib_hypermerge.hosts.standalone import PathHost
-from lib_hypermerge.jobs.host import Context
-from lib_hypermerge.jobs.report import Report
-from lib_hypermerge.jobs.runner import execute
-from lib_hypermerge.jobs.verbs import VERBS
-
 from ..captions import NUMBER_SCENES, Scene
 from ..drawing import MANNERS
+from ..jobs import run
 from ..judge import HEADS, Judge, answers
 from ..members import BASE, EVERY, FINE_TUNES, Member
 from ..model import load
@@ -147,17 +140,10 @@ class Study:
     def made(self, name: str) -> Path:
         return self.work / f"{name}.safetensors"
 
-    def run(self, verb: str, **params: Any) -> Report:
-        """One of Hypermerge's jobs, as the command line runs it; paths become names."""
-        spec = VERBS[verb].spec
-        again = {"overwrite": True} if "overwrite" in spec.params() else {}
-        plain = json.loads(json.dumps({**params, **again}, default=str))
-        return execute(VERBS[verb], spec.from_json(plain), PathHost(), Context())
-
     def applied(self, base: Path, lora: Path) -> Path:
         """The base with this LoRA in it, a checkpoint beside the LoRA."""
         out = self.made(f"{lora.stem}-applied")
-        self.run("merge", checkpoint=base, loras=[{"lora": str(lora)}], out=out)
+        run("merge", checkpoint=base, loras=[{"lora": lora}], out=out)
         return self.new(out)
 
     def new(self, file: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lib_hypermerge.errors import HypermergeError
 
+from ..jobs import run
 from ..members import BASE, SECOND
 from .extraction import lora
 from .sheets import save_sheet
@@ -30,7 +31,7 @@ CASES = (
 def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
     rows, sheet = [], []
     for source, tuned, target, like, manner in CASES:
-        made = lora(study, tuned, f"from-{source}-r{RANK}", source, rank=RANK)
+        made = lora(study, tuned, f"from-{source}-r{RANK}", study.original(source), rank=RANK)
         title = f"{tuned} − {source}, to {target}"
         reference = study.original(like) if like else None
         alone = study.compare(study.original(target), target, reference, manner)
@@ -41,10 +42,10 @@ def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
             given = {"loras": [made], "source_base": study.original(source), "target_base": study.original(target)}
             refused = "no"
             try:
-                report = study.run("transfer", out=out, method=method, **given)
+                report = run("transfer", out=out, method=method, **given)
             except HypermergeError:
                 refused = "yes"
-                report = study.run("transfer", out=out, method=method, force=True, **given)
+                report = run("transfer", out=out, method=method, force=True, **given)
             model = study.applied(study.original(target), out)
             found = study.compare(model, target, reference, manner)
             told = [title, method, percent(report.details["similarity"]), refused]
