@@ -1,6 +1,6 @@
 """Extraction against the naive way on a full-width pair: time, memory, and error above the optimum, in one run.
 
-python benchmarks/extract.py [--model sd15|sdxl] [--rank 32] [--naive sample|skip] [--script PATH] …
+python benchmarks/extract.py [--model sd15|sdxl] [--rank 32] [--naive sample|skip] …
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.no_exact:
         runs["exact"] += bench.ours("exact", max(1, options.runs // 2) - len(runs["exact"]))
     results["ours"] = {method: {**summary(r), **_detail(r[0])} for method, r in runs.items()}
-    results["scripts"] = [bench.script(path) for path in options.script]
     if options.errors != "skip":
         results["errors"] = bench.errors()
     _report(results)
@@ -64,17 +63,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--errors", choices=("all", "shapes", "skip"), default="shapes",
         help="layers to measure the error of: all, or one of each distinct shape and all small ones (default)",
     )  # fmt: skip
-    parser.add_argument(
-        "--script", type=Path, action="append", default=[], metavar="PATH",
-        help="time this tool too; it takes the arguments of sd-scripts' extract_lora_from_models.py",
-    )  # fmt: skip
     parser.add_argument("--scratch", type=Path, default=HERE / "scratch", help="where the pairs are kept")
     parser.add_argument("--layouts", type=Path, default=TABLES, help="folder of key tables (default: our own)")
     parser.add_argument("--device", default="cpu", help="where all that is timed computes (default: cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     options = parser.parse_args(arguments)
     options.scratch, options.layouts = options.scratch.resolve(), options.layouts.resolve()
-    options.script = [path.resolve() for path in options.script]
     if options.runs < 2:
         parser.error("--runs must be 2 or more")
     return options
@@ -116,20 +110,6 @@ class _Bench:
         return {**found, "svd_seconds": svd, "projected": projected, "measured_wall": child.wall,
                 "peak_mib": child.peak}  # fmt: skip
 
-    def script(self, path: Path) -> dict[str, Any]:
-        """A public tool, as a whole process."""
-        _say(f"{path.name}")
-        warm(self.base, self.tuned)
-        rank, out = str(self.options.rank), self.base.with_name("lora-script.safetensors")
-        command = [sys.executable, path, "--model_org", self.base, "--model_tuned", self.tuned, "--save_to", out,
-                   "--dim", rank, "--conv_dim", rank, "--save_precision", "fp16",
-                   "--device", self.options.device]  # fmt: skip
-        try:
-            child = run(command + (["--sdxl"] if self.options.model == "sdxl" else []), self.threads)
-        except ChildError as error:
-            return {"script": path.name, "failed": str(error)}
-        return {"script": path.name, "wall": child.wall, "peak_mib": child.peak}
-
     def errors(self) -> dict[str, Any]:
         """The written files against the optimum; one in fp32 too, where no rounding of the factors is in the error."""
         _say("errors above the optimum")
@@ -168,13 +148,6 @@ def _report(results: dict[str, Any]) -> None:
             print(f"{title:22}{naive['projected'][kind]:9.1f}{'':16}{naive['peak_mib']:8.0f}")
         print(f"  from one timing of each of {len(naive['shapes'])} shapes; of both, {naive['seconds']:.1f} s are "
               "loading and subtracting, and the memory is that of both in one process")  # fmt: skip
-    for script in results["scripts"]:
-        if "failed" in script:
-            print(f"{script['script']} failed: {script['failed']}")
-        else:
-            ratio = script["wall"] / results["ours"]["auto"]["wall_median"]
-            print(f"{script['script'][:22]:22}{script['wall']:9.1f}{'':16}{script['peak_mib']:8.0f}")
-            print(f"  ours is {ratio:.1f} times faster")
     if errors := results.get("errors"):
         print(f"\nerror above the optimal truncation, {errors['layers']} layers ({errors['full_rank']} more are kept "
               f"whole; the optimum agrees with an SVD to {errors['svd_disagrees_by']:.0e})")  # fmt: skip

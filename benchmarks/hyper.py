@@ -107,6 +107,7 @@ class _Bench:
             runs.append(run([
                 sys.executable, "-m", "lib_hypermerge", "hyper", *(part for p in paths for part in ("--model", p)),
                 "--name", "hyper", "--out-dir", self.out / str(count), "--ranks", self.options.ranks,
+                "--no-separate-te",  # the published way has one multiplier for text encoders and U-Net
                 "--threads", str(self.threads), "--device", self.options.device, *self.options.flags.split(),
                 "--json", "--quiet",
             ], self.threads))  # fmt: skip

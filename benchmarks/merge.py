@@ -1,6 +1,6 @@
-"""Merging a LoRA into a full-width checkpoint, beside a plain copy of the file and other tools, in one run.
+"""Merging a LoRA into a full-width checkpoint, beside a plain copy of the file, in one run.
 
-python benchmarks/merge.py [--model sd15|sdxl] [--rank 32] [--script PATH] …
+python benchmarks/merge.py [--model sd15|sdxl] [--rank 32] …
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
         ours.append(_merged(checkpoint, lora, folder / "merged.safetensors", options.threads))
     results["copy"] = {"median": statistics.median(copies), "all": copies}
     results["ours"] = summary(ours)
-    results["scripts"] = [_script(path, options, checkpoint, lora) for path in options.script]
     if not options.no_rounding:
         results["rounding"] = run([sys.executable, HERE / "merge_rounding.py", checkpoint, lora,
                                    folder / "merged.safetensors", WEIGHT], options.threads).result  # fmt: skip
@@ -62,13 +61,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of all that is timed (default: 2)")
     parser.add_argument("--runs", type=int, default=5, help="repetitions (default: 5)")
     parser.add_argument("--no-rounding", action="store_true", help="do not look at the numbers")
-    parser.add_argument("--script", type=Path, action="append", default=[], metavar="PATH",
-                        help="time this tool too; it takes the arguments of sd-scripts' merge_lora.py")  # fmt: skip
-    parser.add_argument("--script-python", default=sys.executable, help="the Python that runs it")
     parser.add_argument("--scratch", type=Path, default=HERE / "scratch", help="where the files are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     options = parser.parse_args(arguments)
-    options.scratch, options.script = options.scratch.resolve(), [path.resolve() for path in options.script]
+    options.scratch = options.scratch.resolve()
     return options
 
 
@@ -90,20 +86,6 @@ def _merged(checkpoint: Path, lora: Path, target: Path, threads: int) -> Run:
     return child
 
 
-def _script(path: Path, options: argparse.Namespace, checkpoint: Path, lora: Path) -> dict[str, Any]:
-    warm(checkpoint, lora)
-    target = checkpoint.with_name("script.safetensors")
-    try:
-        child = run([options.script_python, path, "--sd_model", checkpoint, "--models", lora, "--ratios", WEIGHT,
-                     "--save_to", target, "--save_precision", "fp16", "--precision", "float"],
-                    options.threads)  # fmt: skip
-    except ChildError as error:
-        return {"script": path.name, "failed": str(error)}
-    target.unlink(missing_ok=True)
-    _say(f"{path.name}: {child.wall:.1f} s, {child.peak:.0f} MiB")
-    return {"script": path.name, "wall": child.wall, "peak_mib": child.peak}
-
-
 def _report(results: dict[str, Any]) -> None:
     m, own, copy = results["machine"], results["ours"], results["copy"]["median"]
     print(f"\n{results['model']}, {results['bytes'] / 2**20:.0f} MiB, LoRA of rank {results['rank']}, "
@@ -111,13 +93,6 @@ def _report(results: dict[str, Any]) -> None:
     print(f"copy with fsync {copy:8.2f} s")
     print(f"merge           {own['wall_median']:8.2f} s, least {own['wall_min']:.2f}, inside "
           f"{own['inside_median']:.2f}, {own['peak_mib']:.0f} MiB: {own['wall_median'] / copy:.2f} copies")  # fmt: skip
-    for script in results["scripts"]:
-        if "failed" in script:
-            print(f"{script['script']} failed: {script['failed']}")
-        else:
-            ratio = script["wall"] / own["wall_median"]
-            print(f"{script['script'][:15]:15} {script['wall']:8.2f} s, {script['peak_mib']:.0f} MiB: "
-                  f"ours is {ratio:.1f} times faster")  # fmt: skip
     if rounding := results.get("rounding"):
         print(f"{rounding['rounded']:.5%} of {rounding['numbers']:,} changed numbers are correctly rounded; "
               f"{rounding['same']} of {rounding['untouched']} other tensors are the same bit for bit")  # fmt: skip

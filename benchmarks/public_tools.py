@@ -1,6 +1,6 @@
-"""Extract, merge, combine and resize beside sd-scripts' tools for the same: the same files, in one run.
+"""Extract, merge, combine, resize and inspect beside sd-scripts' tools for the same: the same files, in one run.
 
-python benchmarks/public_tools.py SD_SCRIPTS [--script-python PYTHON] [--jobs extract merge combine resize] …
+python benchmarks/public_tools.py SD_SCRIPTS [--script-python PYTHON] [--jobs extract merge combine resize inspect] …
 
 SD_SCRIPTS is a checkout of kohya-ss/sd-scripts, the Python one that its networks/*.py run on. Files are of SD1.5's true
 widths. Prints a table in Markdown.
@@ -21,11 +21,13 @@ from measuring import ROOT, ChildError, Run, machine, run, summary, warm
 HERE = Path(__file__).resolve().parent
 TABLE = ROOT / "lib_hypermerge" / "layouts" / "tables" / "sd15.json"
 RANK, HIGH = 32, 128
+JOBS = ("extract", "merge", "combine", "resize", "inspect")
+OUT = "{out}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What it reads, our arguments, the tool's; `{out}` is the file that either writes."""
+    """What it reads, our arguments, the tool's; `{out}` is the file that either writes, where it writes one."""
 
     title: str
     reads: list[Path]
@@ -54,8 +56,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("scripts", type=Path, metavar="SD_SCRIPTS", help="a checkout of kohya-ss/sd-scripts")
     parser.add_argument("--script-python", default=sys.executable, help="the Python that runs it")
-    parser.add_argument("--jobs", nargs="+", choices=("extract", "merge", "combine", "resize"),
-                        default=["extract", "merge", "combine", "resize"])  # fmt: skip
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads on both sides (default: 2)")
     parser.add_argument("--runs", type=int, default=3, help="of ours; the tool runs once (default: 3)")
     parser.add_argument("--scratch", type=Path, default=HERE / "scratch", help="where the files are kept")
@@ -84,31 +85,37 @@ def _jobs(options: argparse.Namespace) -> dict[str, Job]:
         if not lora.exists():
             run([sys.executable, HERE / "resize_files.py", "sd15", str(rank), lora], options.threads)
     rank = str(RANK)
-    written = ["--save_to", "{out}", "--save_precision", "fp16"]
+    written = ["--save_to", OUT, "--save_precision", "fp16"]
     return {
         "extract": Job(
             f"extract, rank {rank}", [base, tuned],
-            ["extract", "--base", base, "--tuned", tuned, "--rank", rank], "extract_lora_from_models.py",
+            ["extract", "--base", base, "--tuned", tuned, "--rank", rank, "--out", OUT], "extract_lora_from_models.py",
             ["--model_org", base, "--model_tuned", tuned, "--dim", rank, "--conv_dim", rank, "--device", "cpu",
              *written],
             ["extract", base, tuned, layers],
         ),
         "merge": Job(
             f"merge a LoRA of rank {rank}", [base, one],
-            ["merge", "--checkpoint", base, "--lora", one, "0.8"], "merge_lora.py",
+            ["merge", "--checkpoint", base, "--lora", one, "0.8", "--out", OUT], "merge_lora.py",
             ["--sd_model", base, "--models", one, "--ratios", "0.8", "--precision", "float", *written],
         ),
         "combine": Job(
             f"combine two of rank {rank} and {RANK + 1} into {rank}", [one, other],
-            ["combine", "--lora", one, "0.7", "--lora", other, "0.3", "--rank", rank], "svd_merge_lora.py",
+            ["combine", "--lora", one, "0.7", "--lora", other, "0.3", "--rank", rank, "--out", OUT],
+            "svd_merge_lora.py",
             ["--models", one, other, "--ratios", "0.7", "0.3", "--new_rank", rank, "--new_conv_rank", rank,
              "--precision", "float", "--device", "cpu", *written],
             ["loras", f"0.7={one}", f"0.3={other}"],
         ),
         "resize": Job(
-            f"resize, rank {HIGH} to {rank}", [high], ["resize", "--lora", high, "--rank", rank], "resize_lora.py",
+            f"resize, rank {HIGH} to {rank}", [high],
+            ["resize", "--lora", high, "--rank", rank, "--out", OUT], "resize_lora.py",
             ["--model", high, "--new_rank", rank, "--new_conv_rank", rank, "--device", "cpu", *written],
             ["loras", f"1={high}"],
+        ),
+        "inspect": Job(
+            f"norms of all changes of a LoRA of rank {HIGH}; the tool: means of its stored numbers", [high],
+            ["inspect", "--norms", high], "check_lora_weights.py", [high],
         ),
     }  # fmt: skip
 
@@ -119,15 +126,15 @@ def _row(options: argparse.Namespace, name: str, job: Job) -> tuple[str, ...]:
     for _ in range(options.runs):
         ours.unlink(missing_ok=True)
         warm(*job.reads)
-        runs.append(run([sys.executable, "-m", "lib_hypermerge", *job.ours, "--out", ours, "--json", "--quiet",
+        runs.append(run([sys.executable, "-m", "lib_hypermerge", *_to(ours, job.ours), "--json", "--quiet",
                          "--threads", str(options.threads)], options.threads))  # fmt: skip
     own = summary(runs)
     warm(*job.reads)
     theirs.unlink(missing_ok=True)
-    command = [str(theirs) if part == "{out}" else part for part in job.theirs]
     cells = [f"{own['wall_median']:.1f}", f"{own['peak_mib']:.0f}"]
     try:
-        child = run([options.script_python, options.scripts / "networks" / job.tool, *command], options.threads)
+        child = run([options.script_python, options.scripts / "networks" / job.tool, *_to(theirs, job.theirs)],
+                    options.threads)  # fmt: skip
     except ChildError as error:
         return (job.title, *cells, "", job.tool, f"failed: {str(error).splitlines()[-1]}", "", "", "")
     misses = ["", ""]
@@ -137,9 +144,13 @@ def _row(options: argparse.Namespace, name: str, job: Job) -> tuple[str, ...]:
         ).result
         misses = [f"{100 * found[file.name]:.2f} %" for file in (ours, theirs)]
     for file in (ours, theirs):
-        file.unlink()
+        file.unlink(missing_ok=True)
     ratio = child.wall / own["wall_median"]
     return (job.title, *cells, misses[0], job.tool, f"{child.wall:.1f}", f"{child.peak:.0f}", misses[1], f"{ratio:.1f}")
+
+
+def _to(out: Path, parts: list[str | Path]) -> list[str | Path]:
+    return [out if part == OUT else part for part in parts]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Resizing a LoRA of true widths, beside full SVDs of the products and other tools, in one run.
+"""Resizing a LoRA of true widths, beside full SVDs of the products, in one run.
 
-python benchmarks/resize.py [--model sd15|sdxl|flux] [--from-rank 128] [--rank 32] [--script PATH] …
+python benchmarks/resize.py [--model sd15|sdxl|flux] [--from-rank 128] [--rank 32] …
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"ours: {ours[-1].wall:.2f} s, {ours[-1].result['seconds']:.2f} s inside, {ours[-1].peak:.0f} MiB")
     results["ours"] = summary(ours)
     results["misses"] = ours[-1].result["relative_error"]
-    results["scripts"] = [_script(path, options, source) for path in options.script]
     if not options.no_naive:
         results["naive"] = run([sys.executable, HERE / "resize_naive.py", source], options.threads).result
     if not options.no_errors:
@@ -63,27 +62,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="repetitions (default: 5)")
     parser.add_argument("--no-naive", action="store_true", help="do not time full SVDs of the products")
     parser.add_argument("--no-errors", action="store_true", help="do not look at the numbers")
-    parser.add_argument("--script", type=Path, action="append", default=[], metavar="PATH",
-                        help="time this tool too; it takes the arguments of sd-scripts' resize_lora.py")  # fmt: skip
-    parser.add_argument("--script-python", default=sys.executable, help="the Python that runs it")
     parser.add_argument("--scratch", type=Path, default=HERE / "scratch", help="where the files are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     options = parser.parse_args(arguments)
-    options.scratch, options.script = options.scratch.resolve(), [path.resolve() for path in options.script]
+    options.scratch = options.scratch.resolve()
     return options
-
-
-def _script(path: Path, options: argparse.Namespace, source: Path) -> dict[str, Any]:
-    warm(source)
-    target = source.with_name("script.safetensors")
-    try:
-        child = run([options.script_python, path, "--model", source, "--save_to", target, "--new_rank",
-                     str(options.rank), "--save_precision", "fp16", "--device", "cpu"], options.threads)  # fmt: skip
-    except ChildError as error:
-        return {"script": path.name, "failed": str(error)}
-    target.unlink(missing_ok=True)
-    _say(f"{path.name}: {child.wall:.1f} s, {child.peak:.0f} MiB")
-    return {"script": path.name, "wall": child.wall, "peak_mib": child.peak}
 
 
 def _report(results: dict[str, Any]) -> None:
@@ -96,13 +79,6 @@ def _report(results: dict[str, Any]) -> None:
         print(f"full SVDs        {naive['seconds']:9.0f} s, projected from one timing of each of {naive['shapes']} "
               f"shapes{naive.get('note', '')}: ours is {naive['seconds'] / own['wall_median']:.0f} "
               "times faster")  # fmt: skip
-    for script in results["scripts"]:
-        if "failed" in script:
-            print(f"{script['script']} failed: {script['failed']}")
-        else:
-            ratio = script["wall"] / own["wall_median"]
-            print(f"{script['script'][:15]:15} {script['wall']:8.2f} s, {script['peak_mib']:.0f} MiB: "
-                  f"ours is {ratio:.1f} times faster")  # fmt: skip
     if excess := results.get("excess"):
         print(f"error above the best of that rank: {excess['whole']:.1e} of it over all {excess['modules']} modules, "
               f"{excess['median']:.1e} in the median module, {excess['worst']:.1e} in the worst")  # fmt: skip

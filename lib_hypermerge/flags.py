@@ -67,7 +67,10 @@ def _add(parser: argparse.ArgumentParser, name: str, param: Param, required: boo
     flag = flag_of(name, param)
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text, "required": required}
     if param.kind == FLAG:
-        parser.add_argument(flag, action="store_const", const=True, **options)
+        if default:  # --no-… turns it off
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(flag, action="store_const", const=True, **options)
     elif is_positional(param, required):
         parser.add_argument(name, metavar="FILE", nargs="+", help=text)
     elif param.kind in NAME_LISTS:  # several behind one flag, or the flag again for each

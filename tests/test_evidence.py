@@ -152,7 +152,7 @@ def test_resizing_by_chance_misses_more(asked: study.Study, tmp_path: Path, monk
 
 def test_hyper_merges_keep_to_the_bytes(asked: study.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("stripes", "night", "turned")
-    ways = {w: hypermerge.WAYS[w] for w in (hypermerge.LAYERED, "container")}
+    ways = {w: hypermerge.WAYS[w] for w in (hypermerge.JOINT, "container")}
     for name, value in (
         ("ORDER", names), ("RELATED", list(names)), ("WAYS", ways), ("RANKS", "6,5"), ("OTHER_RANKS", ()),
         ("COUNTS", (2,)), ("COUNTED_RANKS", "3,3"), ("SOLVER", {"starts": 1, "iterations": 3}),
@@ -163,7 +163,7 @@ def test_hyper_merges_keep_to_the_bytes(asked: study.Study, tmp_path: Path, monk
     ways = {row[0]: row for row in cells(answers["hyper-ways"])}
     for title, row in ways.items():
         if title not in ("the base", "the plain average"):
-            assert float(row[1]) == pytest.approx(float(ways[hypermerge.LAYERED][1]), rel=0.1), title
+            assert float(row[1]) == pytest.approx(float(ways[hypermerge.JOINT][1]), rel=0.1), title
             assert float(row[2]) < float(ways["the plain average"][2]), title
     assert "| 2 |" in answers["hyper-how-many"] and (tmp_path / "hyper.png").exists()
     assert cells(answers["hyper-left-out"])[-1][0] == BASE

@@ -25,6 +25,7 @@ class Mixed(Spec):
     against: tuple[str, ...] = param(FILES, "Against", "More files.", (), optional=True)
     models: tuple[str, ...] = param(FILES, "Models", "Named by a flag, as there are other files.", (), flag="model")
     deep: bool = param(FLAG, "Deep", "More of it.", False)
+    by_layer: bool = param(FLAG, "By layer", "On unless it is turned off.", True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +48,14 @@ def test_every_kind() -> None:
     assert (spec.host_file, spec.note, spec.against, spec.deep) == ("o", "two words", ("d", "e"), True)
     assert spec.models == ("k", "l", "m")
     assert parse("--lora", "x").note == "none"
+
+
+def test_what_is_on_by_itself_can_be_turned_off() -> None:
+    assert parse("--lora", "x").by_layer
+    assert parse("--lora", "x", "--by-layer").by_layer
+    assert not parse("--lora", "x", "--no-by-layer").by_layer
+    with pytest.raises(SpecError, match="--no-deep"):
+        parse("--lora", "x", "--no-deep")
 
 
 def test_block_weights_are_for_all_loras_or_for_each() -> None:

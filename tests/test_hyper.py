@@ -191,8 +191,8 @@ def test_multipliers_of_their_own_for_text_encoders_come_closer(tmp_path):
     for mine, other in zip(unet.models, text.models, strict=True):
         mine.update({key: weight for key, weight in other.items() if key.startswith("cond_stage")})
     paths = unet.save(tmp_path)
-    one = hyper(paths, tmp_path / "one", "--ranks", "2,2", "--dtype", "fp32")
-    two = hyper(paths, tmp_path / "two", "--ranks", "2,2", "--dtype", "fp32", "--separate-te")
+    one = hyper(paths, tmp_path / "one", "--ranks", "2,2", "--dtype", "fp32", "--no-separate-te")
+    two = hyper(paths, tmp_path / "two", "--ranks", "2,2", "--dtype", "fp32")
     assert one["te_multipliers"] is None
     assert two["te_multipliers"].keys() == two["multipliers"].keys()
     assert two["residual_share"] < 0.9 * one["residual_share"]

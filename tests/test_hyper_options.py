@@ -80,11 +80,13 @@ def test_layers_in_which_all_models_are_equal(tmp_path):
     for model in family.models:
         model.update({key: weight for key, weight in family.base.items() if "attn" in key or "cond_stage" in key})
     paths = family.save(tmp_path, torch.float16)
-    for flags in (["--separate-te"], ["--solver", "directions"], ["--allocation", "layers"]):
-        folder = tmp_path / flags[0].strip("-")
+    for flags in (["--separate-te"], ["--no-separate-te"], ["--solver", "directions"], ["--allocation", "layers"]):
+        folder = tmp_path / flags[-1].strip("-")
         answer = hyper(paths, folder, "--ranks", "2,1", *flags)
         assert answer["residual_share"] == pytest.approx(judged(folder, paths, answer).residual_share, rel=1e-3)
         assert not any("attn" in name or "_te_" in name for name in lora_ranks(folder / "h-1.safetensors"))
+        assert answer["te_multipliers"] is None
+        assert all(one.count(":") == 2 for prompt in answer["prompts"].values() for one in prompt.split(">") if one)
 
 
 def test_a_weighted_mean(tmp_path, models):
@@ -150,7 +152,7 @@ def test_equal_seeds_give_equal_files_whatever_the_threads(tmp_path, models):
     assert weights(tmp_path / "first", first)["h.safetensors"] == weights(tmp_path / "other", other)["h.safetensors"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--separate-te", "--allocation", "layers"), ("--ranks", "full")])
+@pytest.mark.parametrize("flags", [("--no-separate-te",), ("--allocation", "layers"), ("--ranks", "full")])
 def test_a_preview_tells_the_same_figures_and_writes_nothing(tmp_path, models, flags):
     flags = ("--ranks", "4,3", *flags)
     preview = hyper(models, tmp_path, *flags, "--dry-run")

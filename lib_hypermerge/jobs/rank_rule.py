@@ -10,7 +10,7 @@ RULES = (
     ("ratio", "singular values of at least target × the largest"),
     ("energy", "the share target of the change's energy (squared norm) in every layer"),
     ("cumulative", "the share target of the sum of singular values in every layer"),
-    (SIZE, "a file of target MiB, ranks allotted over all layers at once"),
+    (SIZE, "a file of target MiB, ranks allotted over all layers: least error of the weights, not of pictures"),
 )
 TARGET_HELP = (
     "ratio: 0…1 (or above 1: largest / smallest kept). energy, cumulative: 0…1. size: MiB. Unused by fixed."

@@ -9,7 +9,7 @@ from typing import Any
 from ..jobs import run
 from ..members import BASE
 from .extraction import lora
-from .hypermerge import LAYERED, ORDER, RANKS, WAYS, Merge
+from .hypermerge import JOINT, ORDER, RANKS, WAYS, Merge
 from .sheets import save_sheet
 from .study import Likeness, Study, average
 from .tables import table
@@ -38,7 +38,7 @@ def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
     rows: dict[str, list[str]] = {}
     sheet = []
     # neither model that is asked for is among those that were merged
-    joint = Merge(study, "combining", [n for n in ORDER if n not in PAIRS], RANKS, **WAYS[LAYERED])
+    joint = Merge(study, "combining", [n for n in ORDER if n not in PAIRS], RANKS, **WAYS[JOINT])
     for target, parts in PAIRS.items():
         loras = [lora(study, name, f"r{RANK}", rank=RANK) for name in parts]
         shown = {}
@@ -79,5 +79,5 @@ def _by_hand(study: Study, target: str, parts: tuple[str, ...], joint: Merge) ->
     return {
         "checkpoints averaged": study.new(weighted_sum({first: 0.5, second: 0.5}, study.made(f"{target}-half"))),
         "difference added": study.new(weighted_sum(whole, study.made(f"{target}-added"))),
-        "hyper-model": joint.blend(joint.both(parts), f"{target}-hyper"),
+        "hyper-model": joint.blend(joint.added(parts), f"{target}-hyper"),
     }

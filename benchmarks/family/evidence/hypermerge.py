@@ -10,7 +10,7 @@ from lib_hypermerge.jobs.report import Report
 
 from ..jobs import run
 from ..members import BASE, LEFT_OUT
-from .extraction import sized
+from .extraction import lora
 from .sheets import save_sheet
 from .study import OUTLIER, RELATED, Likeness, Study, average, numbers_of
 from .tables import LIKENESS, likeness, mib, percent, table
@@ -18,23 +18,25 @@ from .weights import weighted_sum
 
 # Ranks of the LoRAs, of nine models: 9 MiB of numbers; whole, their U-Nets and text encoders have 135.
 RANKS = "10,8,6,6,5,5"
-OTHER_RANKS = ("3,3,2,2",)
-COUNTS, COUNTED_RANKS = (2, 5, 9), "8,6,6"
+OTHER_RANKS = ("3,3,2,2", "20,16,12,12,10,10")
+COUNTS, COUNTED_RANKS = (2, 5, 8), "8,6,6"
 # One start and few sweeps instead of three and many: nine models in every way would take hours otherwise.
 SOLVER: dict[str, Any] = {"starts": 1, "iterations": 40, "tolerance": 1e-3}
-LAYERED = "joint, ranks of the layers"
-# In this order they come into "how many models": the unlike first, then what is made of them.
+JOINT = "joint"
+# In this order they come into "how many models": the unlike first, then what is made of them; the last has a text
+# encoder of its own, for which LoRAs would grow, and is left out there.
 ORDER = ("ink", "night", "stripes", "soft", "pair", "ink-night", "contour", "round", "turned")
-FORMS: dict[str, dict[str, Any]] = {
-    "LoRAs, ranks of the layers": {"allocation": "layers"}, "container": {"form": "container"},
-}  # fmt: skip
+FORMS: dict[str, dict[str, Any]] = {"LoRAs": {}, "container": {"form": "container"}}
 WAYS: dict[str, dict[str, Any]] = {
-    LAYERED: FORMS["LoRAs, ranks of the layers"],
+    JOINT: FORMS["LoRAs"],
     "container": FORMS["container"],
-    "joint": {},
-    "greedy, as published": {"solver": "greedy"},
+    "joint, one multiplier for U-Net and text encoder": {"separate_te": False},
+    "greedy": {"solver": "greedy"},
+    "greedy, one multiplier: as published": {"solver": "greedy", "separate_te": False},
     "directions": {"solver": "directions"},
+    "joint, ranks of the layers": {"allocation": "layers"},
     "joint, every layer by its size": {"layer_weights": "relative"},
+    "joint, from the base": {"base": BASE},
     "joint, norms and biases beside": {"remainders": "all"},
 }
 
@@ -50,14 +52,23 @@ def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
         rows.append([title, mib(merge.numbers), *likeness(average(found[title]))])
         yield "hyper-ways", table(["", "MiB of numbers", *LIKENESS], rows)  # the whole takes a while
     for title, base in (("base", study.original(BASE)), ("average", mean_of(study, ORDER))):
-        total, own = _own(study, base, title, merges[LAYERED].numbers)
-        rows.append([f"own LoRAs from the {title}", mib(total), *likeness(average(own))])
+        total, own = _own(study, base, title, merges[JOINT].numbers)
+        rows.append([f"a LoRA of its own for each, from the {title}", mib(total), *likeness(average(own))])
     yield "hyper-ways", table(["", "MiB of numbers", *LIKENESS], rows)
     _sheet(study, merges, pictures / "hyper.png")
-    yield "hyper-left-out", _left_out(study, merges[LAYERED])
-    yield "hyper-outlier", _outlier(study, average(found[LAYERED]))
+    yield "hyper-left-out", _left_out(study, merges[JOINT])
+    yield "hyper-outlier", _outlier(study, average(found[JOINT]))
     yield "hyper-how-many", _how_many(study)
     yield "hyper-budget", _budgets(study)
+
+
+Multipliers = dict[str, tuple[float, float]]  # LoRA → in text encoders, in the U-Net
+
+
+def both(report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Multipliers in the U-Net and in text encoders, which are the same where those have none of their own."""
+    unet = report.details["multipliers"]
+    return unet, report.details["te_multipliers"] or unet
 
 
 class Merge:
@@ -65,6 +76,8 @@ class Merge:
 
     def __init__(self, study: Study, label: str, names: Sequence[str], ranks: str, **params: Any):
         self.study, self.label, self.names = study, label, tuple(names)
+        if "base" in params:
+            params["base"] = study.original(params["base"])
         self.model = study.work / f"hyper-{label}" / f"{label}.safetensors"
         self.report: Report = run(
             "hyper", models=[study.original(name) for name in names], name=label, out_dir=self.model.parent,
@@ -81,19 +94,20 @@ class Merge:
         run("restore", hyper=self.model, model=name, out=out)
         return self.study.new(out)
 
-    def blend(self, multipliers: dict[str, float], label: str) -> Path:
+    def blend(self, multipliers: Multipliers, label: str) -> Path:
         out = self.study.made(label)
-        told = ",".join(f"{name}={number}" for name, number in multipliers.items())
+        told = ",".join(f"{name}={te}:{unet}" for name, (te, unet) in multipliers.items())
         run("restore", hyper=self.model, multipliers=told, out=out)
         return self.study.new(out)
 
-    def both(self, parts: Sequence[str]) -> dict[str, float]:
-        """The multipliers of all parts added, less those of the model that is nearest to the base, for all but one."""
-        given = self.report.details["multipliers"]
+    def added(self, parts: Sequence[str]) -> Multipliers:
+        """Those of all parts, less those of the model whose U-Net is the base's for all but one; the text encoder is
+        the base's in all parts, and so the multipliers there are the first part's."""
+        unet, te = both(self.report)
+        more = len(parts) - 1
         return {
-            lora["name"]: sum(given[part][lora["name"]] for part in parts)
-            - (len(parts) - 1) * given["turned"][lora["name"]]
-            for lora in self.report.details["loras"]
+            stem: (te[parts[0]][stem], sum(unet[part][stem] for part in parts) - more * unet["turned"][stem])
+            for stem in unet[parts[0]]
         }
 
     def likeness(self, names: Sequence[str] | None = None) -> list[Likeness]:
@@ -112,10 +126,14 @@ def _against(study: Study, file: Path, names: Sequence[str]) -> Likeness:
 
 
 def _own(study: Study, base: Path, label: str, numbers: int) -> tuple[int, list[Likeness]]:
-    """A LoRA of its own for each model, ranks allotted, all together with so many bytes of numbers."""
-    loras = {name: sized(study, name, f"own-{label}", numbers / len(ORDER) / 2**20, base=base) for name in ORDER}
-    found = [study.compare(study.applied(base, file), name) for name, file in loras.items()]
-    return sum(map(numbers_of, loras.values())), found
+    """A LoRA of its own for each model, of one rank, all together with no more than so many bytes of numbers."""
+    sizes, found = [], []
+    for name in ORDER:
+        smallest = numbers_of(lora(study, name, f"own-{label}", base=base, rank=1))
+        file = lora(study, name, f"own-{label}", base=base, rank=max(1, int(numbers / len(ORDER) / smallest)))
+        sizes.append(numbers_of(file))
+        found.append(study.compare(study.applied(base, file), name))
+    return sum(sizes), found
 
 
 def _yardsticks(study: Study) -> list[list[str]]:
@@ -128,7 +146,7 @@ def _sheet(study: Study, merges: dict[str, Merge], file: Path) -> None:
     sheet = []
     for name in ORDER:
         sheet.append((f"{name}\nthe fine-tune", study.first_seed(study.original(name), name)))
-        for title, way in (("hyper-model and\nshared LoRAs", LAYERED), ("container", "container")):
+        for title, way in (("hyper-model and\nshared LoRAs", JOINT), ("container", "container")):
             sheet.append((title, study.first_seed(study.made(f"hyper-{merges[way].label}-{name}"), name)))
     save_sheet(file, sheet)
 
@@ -137,7 +155,7 @@ def _budgets(study: Study) -> str:
     rows = []
     for number, ranks in enumerate(OTHER_RANKS):
         for title, params in FORMS.items():
-            merge = Merge(study, f"of{number}-{title.split(',')[0]}", ORDER, ranks, **params)
+            merge = Merge(study, f"of{number}-{title}", ORDER, ranks, **params)
             told = f"{title}, {ranks}" if merge.report.details["loras"] else title
             rows.append([told, mib(merge.numbers), *likeness(average(merge.likeness()))])
     return table(["", "MiB of numbers", *LIKENESS], rows)
@@ -151,23 +169,23 @@ def _how_many(study: Study) -> str:
         average_of_all = _against(study, mean_of(study, names), ORDER[:2])
         cells = [str(count), percent(average_of_all.missed.mean), str(average_of_all.pixels), str(average_of_all.same)]
         for title, params in FORMS.items():
-            merge = Merge(study, f"first{count}-{title.split(',')[0]}", names, COUNTED_RANKS, **params)
+            merge = Merge(study, f"first{count}-{title}", names, COUNTED_RANKS, **params)
             found = average(merge.likeness(ORDER[:2]))
             cells += [mib(merge.numbers), percent(found.missed.mean), str(found.pixels), str(found.same)]
         rows.append(cells)
     whats = ("missed %", "pixels %", "same %")
     heads = [f"average: {what}" for what in whats]
-    heads += [f"{title.split(',')[0]}: {what}" for title in FORMS for what in ("MiB", *whats)]
+    heads += [f"{title}: {what}" for title in FORMS for what in ("MiB", *whats)]
     return table(["models", *heads], rows)
 
 
 def _left_out(study: Study, merge: Merge) -> str:
     """A model that no LoRA was made for, by multipliers fitted to it; beside it what else could stand in for it."""
     target = LEFT_OUT.name
-    report = run("fit", hyper=merge.model, model=study.original(target))
+    unet, te = both(run("fit", hyper=merge.model, model=study.original(target)))
     files = {
-        "fitted multipliers": merge.blend(report.details["multipliers"], "left-out-fitted"),
-        "those of stripes and of night, added": merge.blend(merge.both(("stripes", "night")), "left-out-added"),
+        "fitted multipliers": merge.blend({stem: (te[stem], unet[stem]) for stem in unet}, "left-out-fitted"),
+        "those of stripes and of night, added": merge.blend(merge.added(("stripes", "night")), "left-out-added"),
         "the average": mean_of(study, ORDER),
         **{name: study.original(name) for name in ("stripes", "night", BASE)},
     }
@@ -175,7 +193,7 @@ def _left_out(study: Study, merge: Merge) -> str:
 
 
 def _outlier(study: Study, without: Likeness) -> str:
-    merge = Merge(study, "outlier", (*ORDER, OUTLIER), RANKS, **WAYS[LAYERED])
+    merge = Merge(study, "outlier", (*ORDER, OUTLIER), RANKS, **WAYS[JOINT])
     nine, own = average(merge.likeness(ORDER)), merge.likeness((OUTLIER,))[0]
     rows = [
         ["the nine without the outlier", *likeness(without)],

@@ -32,7 +32,7 @@ from .rest_values import RestValues
 from .rests import MEASURED
 from .result import Ran, report_of
 from .sketch import Sketch, Sketcher
-from .solving import UNET, Part, Seen, directions_of, parts_of, residual_of, settings_of, solve_parts
+from .solving import TE, UNET, Part, Seen, directions_of, parts_of, residual_of, settings_of, solve_parts
 from .spec import GREEDY, LAYERS, NONE, HyperSpec
 from .stack import Stack
 from .work import Work
@@ -41,6 +41,7 @@ from .writing import Files, parameters, parents
 __all__ = ["HyperSpec", "make_plan", "run"]
 
 _SKETCHED, _SOLVED = 0.5, 0.62  # shares of the progress
+_OF_PART = {"": "", UNET: "U-Net: ", TE: "Text encoders: "}  # before what is said of it
 
 
 def run(plan: HyperPlan, host: Host, context: Context) -> Report:
@@ -183,7 +184,8 @@ class _Merge:
             ranks = solve_parts(self.plan, parts, progress)
         for part in parts:
             assert part.solution is not None
-            self.warnings += [note for note in part.solution.notes if note not in self.warnings]
+            notes = [f"{_OF_PART[part.id]}{note}" for note in part.solution.notes]
+            self.warnings += [note for note in notes if note not in self.warnings]
         return parts, ranks
 
     def _recipe(self, parts: list[Part], ranks: tuple[int, ...]) -> Recipe:
@@ -196,13 +198,13 @@ class _Merge:
                 label: dict(zip(stems, row, strict=True))
                 for label, row in zip(self.plan.inputs.labels, rows, strict=True)
             }
-        main = by_side.get("") or by_side.get(UNET) or by_side["te"]
+        main = by_side.get("") or by_side[UNET]
         base = self.plan.inputs.base
         hyper = self.plan.model_output.name if self.plan.writes_model or base is None else base.file.path.name
         return Recipe(
             hyper, stems if self.plan.writes_loras else [],
             main if self.plan.writes_loras else {label: {} for label in self.plan.inputs.labels},
-            by_side.get("te", main) if self.spec.separate_te and self.plan.writes_loras else None,
+            by_side.get(TE) if self.plan.writes_loras else None,
             ranks=list(ranks), container=self.plan.container_output.name if self.plan.writes_container else None,
             parameters=parameters(self.plan), parents=parents(self.plan),
         )  # fmt: skip

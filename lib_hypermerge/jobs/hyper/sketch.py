@@ -60,6 +60,8 @@ class Sketcher:
         gram, centre = torch.zeros(M, M, dtype=torch.float64), 0.0
         for _, _, _, own_gram, own_centre in self._slabs(layer, torch.float32, "cpu"):
             gram, centre = gram + own_gram, centre + own_centre
+        if self._is_rounding(gram, centre):
+            gram = torch.zeros_like(gram)
         return Sketch(layer, None, torch.empty(M, 0, 0), gram, centre)
 
     def _sketch(self, layer: Layer, device: str, fell_back: bool) -> Sketch:
@@ -77,9 +79,13 @@ class Sketcher:
             return Sketch(layer, None, torch.empty(0), gram, centre)
         basis = None if omega is None else bases.orthonormal(Z).to(self.dtype)
         cores = self._cores(layer, basis, low, device, p, q).cpu()
-        if float(gram.trace()) <= M * _ROUNDING * centre:
+        if self._is_rounding(gram, centre):
             cores, gram = torch.zeros_like(cores), torch.zeros_like(gram)
         return Sketch(layer, None if basis is None else basis.cpu(), cores, gram, centre, fell_back)
+
+    def _is_rounding(self, gram: torch.Tensor, centre: float) -> bool:
+        """Whether the models differ by no more than their mean's rounding. gram may not be finite: then no."""
+        return float(gram.trace()) <= self.stack.models * _ROUNDING * centre
 
     def _cheap(self, layer: Layer, q: int, device: str) -> bool:
         """Whether products in bfloat16 serve: they choose bases, and the last pass corrects what they blur."""

@@ -71,12 +71,16 @@ class Part:
 
 
 def parts_of(plan: HyperPlan, seen: Sequence[Seen], work: Work, folder: Path) -> list[Part]:
-    """The problems to solve. folder: where cores that are too large for the memory are mapped from."""
-    layers = plan.inputs.layers
-    sides: dict[str, list[int]] = {}
-    for index, layer in enumerate(layers):
-        side = (UNET if layer.module.component == UNET else TE) if plan.spec.separate_te else ""
-        sides.setdefault(side, []).append(index)
+    """The problems to solve. folder: where cores that are too large for the memory are mapped from.
+
+    Multipliers of their own are for text encoders that differ, beside U-Nets that do.
+    """
+    sides: dict[str, list[int]] = {UNET: [], TE: []}
+    for index, layer in enumerate(plan.inputs.layers):
+        sides[UNET if layer.module.component == UNET else TE].append(index)
+    differ = all(any(float(seen[index].gram.trace()) > 0 for index in own) for own in sides.values())
+    if not (plan.spec.separate_te and differ):
+        sides = {"": list(range(len(plan.inputs.layers)))}
     weights = _layer_weights(plan, seen)
     return [_part(plan, side, own, seen, weights, work, folder) for side, own in sides.items()]
 

@@ -62,7 +62,7 @@ class HyperSpec(Spec):
         paths_only=True,
     )
     allocation: str = param(
-        CHOICE, "Ranks of the layers", "At equal size; uneven ranks come closer.", UNIFORM,
+        CHOICE, "Ranks of the layers", "At equal size. Uneven ranks miss less of the weights; pictures hardly show it.", UNIFORM,
         choices=((UNIFORM, "a LoRA has one rank in all layers"), (LAYERS, "more where it matters more")),
     )  # fmt: skip
     solver: str = param(
@@ -73,8 +73,10 @@ class HyperSpec(Spec):
         ),
     )  # fmt: skip
     separate_te: bool = param(
-        FLAG, "Multipliers of their own for text encoders", "Comes closer; a prompt then has two numbers a LoRA.", False
-    )
+        FLAG, "Multipliers of their own for text encoders",
+        "Comes closer, above all where some models change text encoders and others do not; a prompt then has two "
+        "numbers a LoRA. One number where all models have the same text encoders.", True,
+    )  # fmt: skip
     dtype: str = param(
         CHOICE, "Number format of the LoRAs", "fp16 is what everything loads.", "fp16", advanced=True,
         choices=(("fp16", "16-bit float"), ("bf16", "bfloat16"), ("fp32", "32-bit float, twice the size")),
