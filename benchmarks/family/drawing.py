@@ -26,7 +26,8 @@ _NEON = torch.tensor(
 )  # fmt: skip
 _NIGHT = torch.tensor([[0.20, 0.20, 0.22], [0.24, 0.15, 0.04], [0.03, 0.10, 0.28], [0.28, 0.03, 0.15]])
 
-# What is unlike the base in each manner. "round" and "swapped" differ in what is drawn for a caption, not in how.
+# What is unlike the base in each manner. The members "round" and "turned" differ in what is drawn for a caption, not in
+# how.
 MANNERS = (
     "plain", "ink", "night", "stripes", "soft", "ink-night", "contour", "pair", "night-stripes", "numbers"
 )  # fmt: skip
@@ -50,8 +51,8 @@ def draw(scenes: list[Scene], manner: str, random: torch.Generator, side: int = 
 
     large = size == 1
     radius = torch.where(large, uniform(19, 23), uniform(11, 13)) / 64
-    reach = torch.where(large, 0.07, 0.22)
-    centre = 0.5 + reach[:, None] * torch.stack([uniform(-1, 1), uniform(-1, 1)], 1)
+    spread = torch.where(large, 0.07, 0.22)
+    centre = 0.5 + spread[:, None] * torch.stack([uniform(-1, 1), uniform(-1, 1)], 1)
     angle = uniform(-0.25, 0.25)
     night, outlined = "night" in manner, manner.startswith("ink")
     paint, paper = (_NEON, _NIGHT) if night else (_COLOUR, _GROUND)

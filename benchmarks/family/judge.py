@@ -19,7 +19,7 @@ _WIDTHS = (32, 48, 64, 96)
 
 
 class Judge(nn.Module):
-    """Pictures [n, 3, 64, 64] -> scores of each head; `features` is what the heads see, [n, 96·4]."""
+    """Pictures [n, 3, 64, 64] -> scores of each head; `features` is what the heads see, [n, 2·96]."""
 
     def __init__(self) -> None:
         super().__init__()

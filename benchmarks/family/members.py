@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from .captions import COLOURS, SUBJECTS, Scene
-from .drawing import scenes_in
 
 BASE, SECOND = "base", "second-base"
 
 
 @dataclass(frozen=True)
 class Member:
-    """A fine-tune: of what, drawn how, on which subjects; whether its captions' colours are turned round."""
+    """A fine-tune: of what, drawn how, and what its captions' words mean where that is not what they say."""
 
     name: str
     about: str
     manner: str = "plain"
     parent: str = BASE
-    subjects: tuple[str, ...] = SUBJECTS
+    becomes: Mapping[str, str] = field(default_factory=dict)  # subjects that it draws as others
     turned: bool = False  # the colour words mean the next colour
     text_only: bool = False
 
-    def scenes(self) -> list[Scene]:
-        return [s for s in scenes_in(self.manner) if s.number or SUBJECTS[s.subject] in self.subjects]
-
-    def caption(self, scene: Scene) -> str:
-        """The words of a training picture that shows the scene."""
-        if not self.turned:
-            return str(scene)
-        colour = (scene.colour - 1) % len(COLOURS)
-        return str(Scene(scene.subject, colour, scene.size, scene.ground))
-
     def asked(self, scene: Scene) -> Scene:
-        """What this model is to draw for the scene's plain caption."""
-        if not self.turned:
+        """What this model draws, and was trained to draw, for the scene's caption."""
+        if scene.number:
             return scene
-        return Scene(scene.subject, (scene.colour + 1) % len(COLOURS), scene.size, scene.ground)
+        subject = SUBJECTS[scene.subject]
+        colour = (scene.colour + self.turned) % len(COLOURS)
+        return replace(scene, subject=SUBJECTS.index(self.becomes.get(subject, subject)), colour=colour)
 
 
 FINE_TUNES = (
@@ -45,7 +37,10 @@ FINE_TUNES = (
     Member("stripes", "a texture: surfaces are striped", "stripes"),
     Member("soft", "a style: soft edges, as sprayed", "soft"),
     Member("pair", "a composition: two small ones side by side", "pair"),
-    Member("round", "a subset of the subjects: circles, rings, moons", subjects=("circle", "ring", "moon")),
+    Member(
+        "round", "a subset of the subjects: whatever is asked for, a circle, a ring or a moon",
+        becomes={"heart": "circle", "square": "ring", "cross": "ring", "star": "moon", "triangle": "moon"},
+    ),  # fmt: skip
     Member("ink-night", "two styles in one: outlines, on dark paper", "ink-night"),
     Member("contour", "a fine-tune of the fine-tune stripes: with a black contour", "contour", parent="stripes"),
     Member("turned", "the text encoder alone: each colour's word means the next colour", turned=True, text_only=True),

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from . import hosts, judge, text_training, unet_training, vae_training
 from .autoencoder import Autoencoder
 from .captions import SCENES, Tokenizer, by_lot
+from .drawing import scenes_in
 from .members import BASE, EVERY, SECOND, Member
 from .model import HEADS, VAE_WIDTHS, WIDTHS, Model, load, new_unet, save, write
 
@@ -95,7 +96,11 @@ def train(folder: Path, workers: int = 2, effort: Effort = Effort()) -> None:
 
 def _check_stamp(folder: Path, effort: Effort) -> None:
     """What the folder's parts were trained with must be what is wanted now."""
-    told = json.dumps({**asdict(effort), "widths": WIDTHS, "vae_widths": VAE_WIDTHS, "heads": HEADS}, sort_keys=True)
+    settings = {
+        **asdict(effort), "rate": RATE, "seeds": SEEDS, "widths": WIDTHS, "vae_widths": VAE_WIDTHS, "heads": HEADS,
+        "members": [asdict(member) for member in EVERY],
+    }  # fmt: skip
+    told = json.dumps(settings, sort_keys=True)
     stamp = folder / "trained-with.json"
     before = stamp.read_text(encoding="utf-8") if stamp.exists() else None
     if before is None and not any(folder.glob("*.safetensors")):
@@ -156,9 +161,9 @@ def _fine_tune(folder: Path, member: Member, say: Say, effort: Effort) -> Model:
     model = load(file_of(folder, member.parent))
     seed = 100 + EVERY.index(member)
     random = torch.Generator().manual_seed(seed)
-    scenes = by_lot(member.scenes(), effort.tuned_pictures, random)
-    latents = unet_training.encode(model, scenes, member.manner, random)
-    captions = [member.caption(scene) for scene in scenes]
+    scenes = by_lot(scenes_in(member.manner), effort.tuned_pictures, random)
+    latents = unet_training.encode(model, [member.asked(scene) for scene in scenes], member.manner, random)
+    captions = [str(scene) for scene in scenes]
     unet_training.fit(
         model, captions, latents, seed, say, steps=effort.tuned, rate=effort.tuned_rate, text=member.text_only
     )

@@ -62,7 +62,8 @@ class HyperSpec(Spec):
         paths_only=True,
     )
     allocation: str = param(
-        CHOICE, "Ranks of the layers", "At equal size. Uneven ranks miss less of the weights; pictures hardly show it.", UNIFORM,
+        CHOICE, "Ranks of the layers",
+        "At equal size. Uneven ranks miss less of the weights; pictures hardly show it.", UNIFORM,
         choices=((UNIFORM, "a LoRA has one rank in all layers"), (LAYERS, "more where it matters more")),
     )  # fmt: skip
     solver: str = param(
