@@ -14,7 +14,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from measuring import ROOT, ChildError, Run, machine, run, summary, warm
 
@@ -23,6 +22,16 @@ TABLE = ROOT / "lib_hypermerge" / "layouts" / "tables" / "sd15.json"
 RANK, HIGH = 32, 128
 JOBS = ("extract", "merge", "combine", "resize", "inspect")
 OUT = "{out}"
+_VERSIONS = """
+import sys
+from importlib.metadata import PackageNotFoundError, version
+print("Python", sys.version.split()[0], end="")
+for name in ("torch", "numpy", "safetensors", "diffusers", "transformers"):
+    try:
+        print(",", name, version(name), end="")
+    except PackageNotFoundError:
+        pass
+"""
 
 
 @dataclass(frozen=True)
@@ -56,21 +65,21 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("scripts", type=Path, metavar="SD_SCRIPTS", help="a checkout of kohya-ss/sd-scripts")
     parser.add_argument("--script-python", default=sys.executable, help="the Python that runs it")
+    parser.add_argument("--version", default="of unknown version", help="what to call the checkout in what is printed")
+    parser.add_argument("--path", default="", help="for PYTHONPATH of the tools alone, beside the checkout")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads on both sides (default: 2)")
     parser.add_argument("--runs", type=int, default=3, help="of ours; the tool runs once (default: 3)")
     parser.add_argument("--scratch", type=Path, default=HERE / "scratch", help="where the files are kept")
     options = parser.parse_args(arguments)
     options.scratch, options.scripts = options.scratch.resolve(), options.scripts.resolve()
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(options.scripts), os.environ.get("PYTHONPATH", "")])
     return options
 
 
 def _versions(options: argparse.Namespace) -> str:
-    ask = "import torch, numpy, safetensors; print('torch', torch.__version__, 'numpy', numpy.__version__)"
-    told = [subprocess.check_output([python, "-c", ask], text=True).strip()
+    told = [subprocess.check_output([python, "-c", _VERSIONS], text=True).strip()
             for python in (sys.executable, options.script_python)]  # fmt: skip
-    return f"ours on {told[0]}, the tools on {told[1]}"
+    return f"ours on {told[0]}; the tools on {told[1]}; sd-scripts {options.version}"
 
 
 def _jobs(options: argparse.Namespace) -> dict[str, Job]:
@@ -121,32 +130,42 @@ def _jobs(options: argparse.Namespace) -> dict[str, Job]:
 
 
 def _row(options: argparse.Namespace, name: str, job: Job) -> tuple[str, ...]:
+    """Ours before and after the tool: what else the machine does meanwhile shows as spread."""
     ours, theirs = (options.scratch / f"public-{name}-{side}.safetensors" for side in ("ours", "tool"))
-    runs: list[Run] = []
-    for _ in range(options.runs):
-        ours.unlink(missing_ok=True)
-        warm(*job.reads)
-        runs.append(run([sys.executable, "-m", "lib_hypermerge", *_to(ours, job.ours), "--json", "--quiet",
-                         "--threads", str(options.threads)], options.threads))  # fmt: skip
-    own = summary(runs)
-    warm(*job.reads)
-    theirs.unlink(missing_ok=True)
-    cells = [f"{own['wall_median']:.1f}", f"{own['peak_mib']:.0f}"]
+    path = os.pathsep.join(filter(None, (str(options.scripts), options.path)))
+
+    def own(times: int) -> list[Run]:
+        return [
+            _timed(options, job, ours, [sys.executable, "-m", "lib_hypermerge", *_to(ours, job.ours), "--json",
+                                        "--quiet", "--threads", str(options.threads)])
+            for _ in range(times)
+        ]  # fmt: skip
+
+    runs = own((options.runs + 1) // 2)
     try:
-        child = run([options.script_python, options.scripts / "networks" / job.tool, *_to(theirs, job.theirs)],
-                    options.threads)  # fmt: skip
+        script = options.scripts / "networks" / job.tool
+        tool = _timed(options, job, theirs, ["env", f"PYTHONPATH={path}", options.script_python, script,
+                                             *_to(theirs, job.theirs)])  # fmt: skip
+        took = [f"{tool.wall:.1f}", f"{tool.peak:.0f}"]
     except ChildError as error:
-        return (job.title, *cells, "", job.tool, f"failed: {str(error).splitlines()[-1]}", "", "", "")
-    misses = ["", ""]
-    if job.compare:
-        found: dict[str, Any] = run(
-            [sys.executable, HERE / "public_errors.py", *job.compare, ours, theirs], options.threads
-        ).result
-        misses = [f"{100 * found[file.name]:.2f} %" for file in (ours, theirs)]
+        tool, took = None, [f"failed: {str(error).splitlines()[-1]}", ""]
+    found = summary(runs + own(options.runs // 2))
+    misses = {}
+    if job.compare and tool:
+        misses = run([sys.executable, HERE / "public_errors.py", *job.compare, ours, theirs], options.threads).result
     for file in (ours, theirs):
         file.unlink(missing_ok=True)
-    ratio = child.wall / own["wall_median"]
-    return (job.title, *cells, misses[0], job.tool, f"{child.wall:.1f}", f"{child.peak:.0f}", misses[1], f"{ratio:.1f}")
+    missed, tools = (f"{100 * misses[file.name]:.2f} %" if misses else "" for file in (ours, theirs))
+    ratio = f"{tool.wall / found['wall_median']:.1f}" if tool else ""
+    cells = [f"{found['wall_median']:.1f}", f"{found['peak_mib']:.0f}", missed, job.tool, *took, tools, ratio]
+    return (job.title, *cells)
+
+
+def _timed(options: argparse.Namespace, job: Job, out: Path, command: list[str | Path]) -> Run:
+    """A whole process on files that were just read, and no file where it writes."""
+    out.unlink(missing_ok=True)
+    warm(*job.reads)
+    return run(command, options.threads)
 
 
 def _to(out: Path, parts: list[str | Path]) -> list[str | Path]:

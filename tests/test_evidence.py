@@ -79,10 +79,13 @@ def test_a_family_that_was_trained_otherwise_is_not_mixed_with(folder: Path) -> 
 
 def test_a_model_is_like_itself_and_unlike_another(asked: study.Study) -> None:
     itself = asked.compare(asked.original("ink"), "ink")
-    assert itself.pixels.mean == itself.features.mean == itself.missed.mean == 0 and itself.same.mean == 1
+    assert itself.pixels.mean == itself.unlike.mean == itself.features.mean == itself.missed.mean == 0
+    assert itself.same.mean == 1
     other = asked.compare(asked.original(SECOND), "ink")
     assert other.pixels.mean > 0 and other.features.mean > 0 and other.missed.mean > 1
-    assert asked.compare(asked.original(BASE), "ink").missed.mean == pytest.approx(1)
+    base = asked.compare(asked.original(BASE), "ink")
+    assert base.missed.mean == pytest.approx(1) and base.unlike.mean == pytest.approx(1)
+    assert other.unlike.mean == pytest.approx(other.pixels.mean / base.pixels.mean)
 
 
 def test_a_made_checkpoint_is_deleted_and_its_pictures_are_kept(asked: study.Study) -> None:
@@ -101,7 +104,7 @@ def test_spread_is_that_between_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     spread = study.Spread.over_seeds(torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0]))  # three prompts, two seeds of each
     assert spread.mean == 0.5 and spread.deviation == pytest.approx(0.5**0.5)
     other = study.Spread((1.0, 0.0))
-    both = study.average([study.Likeness(*[one] * 6) for one in (spread, other)])
+    both = study.average([study.Likeness(*[one] * 7) for one in (spread, other)])
     assert both.pixels.by_seed == (0.5, 0.5)
 
 
@@ -121,19 +124,25 @@ def test_extraction_misses_less_with_more_and_never_more_than_the_size(
     asked: study.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (
-        ("RANKS", (1, 8)), ("DRAWN_RANKS", (1, 4, 16)), ("TYPICAL", ("ink",)), ("RELATED", ["ink"]),
+        ("RANKS", (1, 8)), ("DRAWN_RANKS", (1, 4, 16)), ("ALLOTTED", (16,)), ("TYPICAL", ("ink",)),
+        ("RELATED", ["ink"]),
     ):  # fmt: skip
         monkeypatch.setattr(extraction, name, value)
     answers = dict(extraction.answer(asked, tmp_path))
     assert [row[0] for row in cells(answers["extract-weights"])] == ["ink", study.OUTLIER]
     assert all(float(row[1]) > float(row[2]) for row in cells(answers["extract-weights"]))
-    base, *ranks = cells(answers["extract-rank"])
+    base, *rows = cells(answers["extract-rank"])
     assert float(base[2]) == pytest.approx(100)
+    ranks = [row for row in rows if "allotted" not in row[0]]
+    same = next(row for row in rows if "the bytes of rank 16" in row[0])
+    assert float(same[1]) == pytest.approx(float(ranks[-1][1]), rel=0.03)
     assert [float(row[2]) for row in ranks] == sorted((float(row[2]) for row in ranks), reverse=True)
     variants = {row[0]: row for row in cells(answers["extract-variants"])}
     size = float(variants["rank 4 in all layers"][1])
-    for title in ("ranks allotted", "linear layers alone, ranks allotted", "ranks allotted, norms and biases"):
+    for title in ("ranks allotted", "ranks allotted, norms and biases"):
         assert float(variants[title][1]) == pytest.approx(size, rel=0.03)
+    assert 0.7 * size < float(variants["linear layers alone, of one rank"][1]) <= size
+    assert any(title.startswith("DoRA, in the ") for title in variants)
     plain, cut = (
         float(variants[title][2]) for title in ("rank 4 in all layers", "the same, clamped at the 0.99 quantile")
     )
@@ -180,7 +189,7 @@ def test_two_styles_are_combined_in_every_way(
     monkeypatch.setattr(hypermerge, "SOLVER", {"starts": 1, "iterations": 3})
     monkeypatch.setattr(combining, "SHOWN", ("trained on both", "TIES, 1", "hyper-model"))
     rows = cells(dict(combining.answer(asked, tmp_path))["combine"])
-    assert len(rows) == 1 + len(combining.METHODS) + 3
+    assert len(rows) == 4 + len(combining.METHODS) + 3
     assert rows[0][3].startswith("0.0") and all(not row[3].startswith("0.0 ") for row in rows[1:])
 
 

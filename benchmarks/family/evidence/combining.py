@@ -26,10 +26,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "Iso-C": {"method": "iso-c"},
     "SVD-aligned": {"method": "aligned"},
 }
-WEIGHTS = {"linear": (0.7, 1.0)}  # of each LoRA; the others by turns average or dampen
+# Of each LoRA: where a method averages or dampens, 2 undoes that.
+WEIGHTS = {"linear": (0.7, 1.0), "Iso-C": (1.0, 1.4, 2.0), "SVD-aligned": (1.0, 1.4, 2.0)}
 USUAL_WEIGHTS = (1.0, 1.4)
 SHOWN = (
-    "trained on both", "linear, 1", "linear, 0.7", "TIES, 1.4", "KnOTS, 1.4", "TSV, 1", "Iso-C, 1",
+    "trained on both", "palette alone", "linear, 1", "linear, 0.7", "TIES, 1.4", "KnOTS, 1.4", "TSV, 1", "Iso-C, 1",
     "checkpoints averaged", "hyper-model",
 )  # fmt: skip
 
@@ -42,8 +43,11 @@ def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
     for target, parts in PAIRS.items():
         loras = [lora(study, name, f"r{RANK}", rank=RANK) for name in parts]
         shown = {}
-        found: dict[str, Likeness] = {"trained on both": study.compare(study.original(target), target)}
-        shown["trained on both"] = study.original(target)
+        found: dict[str, Likeness] = {}
+        titles = ("trained on both", "the base", "style or texture alone", "palette alone")
+        for title, name in zip(titles, (target, BASE, *parts), strict=True):
+            shown[title] = study.original(name)
+            found[title] = study.compare(shown[title], target)
         for title, params in METHODS.items():
             for weight in WEIGHTS.get(title, USUAL_WEIGHTS):
                 label = f"{title}, {weight:g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .study import OUTLIER, RELATED, Likeness, Study, at_size, average, numbers_
 from .tables import LIKENESS, likeness, mib, percent, table
 
 RANKS = (1, 2, 4, 8, 16, 32)
+ALLOTTED = (2, 16)  # at the bytes of these ranks too, beside SMALL
 DRAWN_RANKS = (1, 2, 4, 8, 16)
 TYPICAL = ("ink", "night", "stripes", "ink-night")  # a style, a palette, a texture, and two at once
 SMALL = 4  # the rank at which variants are compared
@@ -44,6 +45,12 @@ def sized(study: Study, name: str, label: str, numbers: float, **params: Any) ->
     return study.made(f"{name}-{label}")
 
 
+def within(study: Study, name: str, label: str, numbers: float, **params: Any) -> Path:
+    """A LoRA of the highest rank in all layers with no more than so many MiB of numbers."""
+    smallest = numbers_of(lora(study, name, label, rank=1, **params)) / 2**20
+    return lora(study, name, label, rank=max(1, int(numbers / smallest)), **params)
+
+
 def row(study: Study, title: str, files: dict[str, Path]) -> list[str]:
     """Size and likeness of the base with each fine-tune's LoRA, averaged."""
     size = sum(numbers_of(file) for file in files.values()) / len(files)
@@ -69,7 +76,12 @@ def _by_rank(study: Study, pictures: Path) -> str:
     yardstick = average([study.compare(study.original(BASE), name) for name in TYPICAL])
     rows = [["the base itself", "0", *likeness(yardstick)]]
     for rank in DRAWN_RANKS:
-        rows.append(row(study, f"rank {rank}", {name: lora(study, name, f"r{rank}", rank=rank) for name in TYPICAL}))
+        plain = {name: lora(study, name, f"r{rank}", rank=rank) for name in TYPICAL}
+        rows.append(row(study, f"rank {rank}", plain))
+        if rank in ALLOTTED:
+            sizes = {name: numbers_of(file) / 2**20 for name, file in plain.items()}
+            files = {name: sized(study, name, f"s{rank}", size) for name, size in sizes.items()}
+            rows.append(row(study, f"ranks allotted, the bytes of rank {rank}", files))
     sheet = []
     for name in TYPICAL:
         sheet.append((f"{name}\nthe fine-tune", study.first_seed(study.original(name), name)))
@@ -91,7 +103,7 @@ def _variants(study: Study) -> str:
             {name: clamped(file, study.made(f"{name}-clamped")) for name, file in plain.items()}),
     ]  # fmt: skip
     variants: dict[str, Callable[[str, str], Path]] = {
-        "linear layers alone, ranks allotted": lambda name, label: sized(study, name, label, size, conv_rank=0),
+        "linear layers alone, of one rank": lambda name, label: within(study, name, label, size, conv_rank=0),
         "ranks allotted": lambda name, label: sized(study, name, label, size),
         "DoRA": lambda name, label: lora(study, name, label, rank=SMALL, family="dora"),
         f"rank {SMALL}, and norms": lambda name, label: lora(study, name, label, rank=SMALL, norms=True),
@@ -103,8 +115,17 @@ def _variants(study: Study) -> str:
         ),
     }
     for number, (title, make) in enumerate(variants.items()):
-        rows.append(row(study, title, {name: make(name, f"v{number}") for name in TYPICAL}))
+        files = {name: make(name, f"v{number}") for name in TYPICAL}
+        if title == "DoRA":
+            title += f", in the {percent(_dora_share(files.values()))} % of layers where it is closer"
+        rows.append(row(study, title, files))
     return table(["", "MiB of numbers", *LIKENESS], rows)
+
+
+def _dora_share(files: Iterable[Path]) -> float:
+    """Of the layers in these files, how many have a DoRA's magnitudes."""
+    keys = [key for file in files for key in load_file(file)]
+    return sum(key.endswith(".dora_scale") for key in keys) / sum(key.endswith(".lora_up.weight") for key in keys)
 
 
 def clamped(file: Path, out: Path) -> Path:

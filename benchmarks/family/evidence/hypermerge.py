@@ -10,7 +10,7 @@ from lib_hypermerge.jobs.report import Report
 
 from ..jobs import run
 from ..members import BASE, LEFT_OUT
-from .extraction import lora
+from .extraction import within
 from .sheets import save_sheet
 from .study import OUTLIER, RELATED, Likeness, Study, average, numbers_of
 from .tables import LIKENESS, likeness, mib, percent, table
@@ -32,7 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "container": FORMS["container"],
     "joint, one multiplier for U-Net and text encoder": {"separate_te": False},
     "greedy": {"solver": "greedy"},
-    "greedy, one multiplier: as published": {"solver": "greedy", "separate_te": False},
+    "greedy, one multiplier": {"solver": "greedy", "separate_te": False},
     "directions": {"solver": "directions"},
     "joint, ranks of the layers": {"allocation": "layers"},
     "joint, every layer by its size": {"layer_weights": "relative"},
@@ -129,8 +129,7 @@ def _own(study: Study, base: Path, label: str, numbers: int) -> tuple[int, list[
     """A LoRA of its own for each model, of one rank, all together with no more than so many bytes of numbers."""
     sizes, found = [], []
     for name in ORDER:
-        smallest = numbers_of(lora(study, name, f"own-{label}", base=base, rank=1))
-        file = lora(study, name, f"own-{label}", base=base, rank=max(1, int(numbers / len(ORDER) / smallest)))
+        file = within(study, name, f"own-{label}", numbers / len(ORDER) / 2**20, base=base)
         sizes.append(numbers_of(file))
         found.append(study.compare(study.applied(base, file), name))
     return sum(sizes), found
@@ -167,13 +166,13 @@ def _how_many(study: Study) -> str:
     for count in COUNTS:
         names = ORDER[:count]
         average_of_all = _against(study, mean_of(study, names), ORDER[:2])
-        cells = [str(count), percent(average_of_all.missed.mean), str(average_of_all.pixels), str(average_of_all.same)]
+        cells = [str(count), percent(average_of_all.missed.mean), str(average_of_all.unlike), str(average_of_all.same)]
         for title, params in FORMS.items():
             merge = Merge(study, f"first{count}-{title}", names, COUNTED_RANKS, **params)
             found = average(merge.likeness(ORDER[:2]))
-            cells += [mib(merge.numbers), percent(found.missed.mean), str(found.pixels), str(found.same)]
+            cells += [mib(merge.numbers), percent(found.missed.mean), str(found.unlike), str(found.same)]
         rows.append(cells)
-    whats = ("missed %", "pixels %", "same %")
+    whats = ("missed %", "pixels missed %", "same %")
     heads = [f"average: {what}" for what in whats]
     heads += [f"{title}: {what}" for title in FORMS for what in ("MiB", *whats)]
     return table(["models", *heads], rows)

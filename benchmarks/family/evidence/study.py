@@ -64,13 +64,15 @@ class Likeness:
     """Of a model to an original: of its weights, and of its pictures at the same prompts and seeds.
 
     missed: ‖original − model‖ / ‖original − base‖ over all weights but the autoencoder's; the base has 1. pixels: mean
-    absolute difference, of the range from black to white. features: distance of what the judge's heads see, of that
-    between two seeds of the original. same: the judge finds the same subject, colour, size, paper and manner. asked: it
-    finds the subject, colour, size and paper that were asked for. manner: it finds the original's manner of drawing.
+    absolute difference, of the range from black to white. unlike: the same, of the base's difference from the original,
+    which has 1 then. features: distance of what the judge's heads see, of that between two seeds of the original. same:
+    the judge finds the same subject, colour, size, paper and manner. asked: it finds the subject, colour, size and
+    paper that were asked for. manner: it finds the original's manner of drawing.
     """
 
     missed: Spread
     pixels: Spread
+    unlike: Spread
     features: Spread
     same: Spread
     asked: Spread
@@ -181,16 +183,24 @@ class Study:
         same = torch.stack([ours.found[head] == theirs.found[head] for head in HEADS]).all(0)
         other_seed = theirs.features.unflatten(0, (-1, len(SEEDS))).roll(1, 1).flatten(0, 1)
         scale = (theirs.features - other_seed).norm(dim=1).mean()
-        apart = (ours.pictures.float() - theirs.pictures.float()).abs().mean((1, 2, 3)) / 255
+        apart = _apart(ours, theirs)
         base = self.original(BASE)
-        weights = missed(base, original, file) if original != base else float("nan")
+        weights, yardstick = float("nan"), torch.tensor(float("nan"))
+        if original != base:  # from itself, nothing can be missed
+            weights, yardstick = missed(base, original, file), _apart(self.draw(base, name), theirs).mean()
         if file.parent == self.work:
             file.unlink()
         return Likeness(
             Spread((weights,) * len(SEEDS)),
             Spread.over_seeds(apart),
+            Spread.over_seeds(apart / yardstick),
             Spread.over_seeds((ours.features - theirs.features).norm(dim=1) / scale),
             Spread.over_seeds(same.float()),
             Spread.over_seeds(correct.float()),
             Spread.over_seeds((ours.found["manner"] == wanted).float()),
         )
+
+
+def _apart(ours: Drawn, theirs: Drawn) -> Tensor:
+    """[prompts · seeds] in [0, 1]: mean absolute difference of each two pictures."""
+    return (ours.pictures.float() - theirs.pictures.float()).abs().mean((1, 2, 3)) / 255

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .study import Likeness
 
-LIKENESS = ("missed %", "pixels %", "features %", "judged the same %", "as asked %", "in its manner %")
+LIKENESS = ("missed %", "pixels missed %", "features %", "judged the same %", "as asked %", "in its manner %")
 _MARK = "<!-- {} {} -->"
 
 
@@ -19,7 +19,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def likeness(row: Likeness) -> list[str]:
     """Its cells under LIKENESS."""
-    return [percent(row.missed.mean), *map(str, (row.pixels, row.features, row.same, row.asked, row.manner))]
+    return [percent(row.missed.mean), *map(str, (row.unlike, row.features, row.same, row.asked, row.manner))]
 
 
 def percent(share: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib_hypermerge.errors import HypermergeError
+from lib_hypermerge.errors import LayoutError
 
 from ..jobs import run
 from ..members import BASE, SECOND
@@ -43,7 +43,7 @@ def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
             refused = "no"
             try:
                 report = run("transfer", out=out, method=method, **given)
-            except HypermergeError:
+            except LayoutError:  # of unrelated models
                 refused = "yes"
                 report = run("transfer", out=out, method=method, force=True, **given)
             model = study.applied(study.original(target), out)

@@ -11,19 +11,21 @@ from safetensors.torch import load_file, save_file
 
 def distance(first: Path, second: Path) -> float:
     """‖first − second‖ over all floating-point tensors but the autoencoder's, in float64."""
-    one, other = load_file(first), load_file(second)
-    keys = [key for key in one if one[key].is_floating_point() and not key.startswith("first_stage_model.")]
-    return sum(float((one[key].double() - other[key].double()).square().sum()) for key in keys) ** 0.5
+    one, other = _compared(first), _compared(second)
+    return sum(float((one[key] - other[key]).square().sum()) for key in one) ** 0.5
+
+
+def _compared(file: Path) -> dict[str, torch.Tensor]:
+    return {
+        key: tensor.double()
+        for key, tensor in load_file(file).items()
+        if tensor.is_floating_point() and not key.startswith("first_stage_model.")
+    }
 
 
 def change(base: Path, other: Path) -> float:
     """‖other − base‖ / ‖base‖."""
-    norm = sum(
-        float(tensor.double().square().sum())
-        for key, tensor in load_file(base).items()
-        if tensor.is_floating_point() and not key.startswith("first_stage_model.")
-    )
-    return distance(base, other) / norm**0.5
+    return distance(base, other) / sum(float(tensor.square().sum()) for tensor in _compared(base).values()) ** 0.5
 
 
 def missed(base: Path, original: Path, made: Path) -> float:
