@@ -526,7 +526,8 @@ def test_loras_of_several_families_become_shared_ones(bases, tmp_path):
         for name, change in changes.items():
             key, rows = places[name]
             rest = delta = change(numbers_of(base)[key][rows].double())
-            for lora, multiplier in report["multipliers"][kind].items():
+            side = "multipliers" if name.startswith("lora_unet") else "te_multipliers"
+            for lora, multiplier in report[side][kind].items():
                 rest = rest - multiplier * loras[lora].get(name, torch.zeros(1)).reshape(delta.shape)
             own_error, own = own_error + float(rest.square().sum()), own + float(delta.square().sum())
         assert report["models"][kind] == pytest.approx((own_error / own) ** 0.5, rel=1e-4)

@@ -55,7 +55,9 @@ def test_with_loras_only_the_base_takes_the_hyper_model_s_place(tmp_path, models
     answer = hyper(models, tmp_path, "--base", base, "--ranks", "4,3", "--loras-only")
     assert set(listing(tmp_path)) == {"h-1.safetensors", "h-2.safetensors", "h.hypermerge.json"}
     loras = {one["name"]: tmp_path / f"{one['name']}.safetensors" for one in answer["loras"]}
-    found = oracle.judge({p.stem: p for p in models}, base, loras, answer["multipliers"], None, base)
+    found = oracle.judge(
+        {p.stem: p for p in models}, base, loras, answer["multipliers"], answer["te_multipliers"], base
+    )
     assert answer["residual_share"] == pytest.approx(found.residual_share, rel=1e-3)
 
 
