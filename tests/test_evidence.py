@@ -117,6 +117,9 @@ def test_the_family_and_the_judge_are_told_of(asked: study.Study, tmp_path: Path
     answers = dict(family.answer(asked, tmp_path))
     assert [row[0] for row in cells(answers["family"])] == [BASE, SECOND, *(member.name for member in EVERY)]
     assert all(0 <= float(cell) <= 100 for row in cells(answers["judge"]) for cell in row[1:])
+    alike = cells(answers["alike"])
+    assert [row[0] for row in alike] == [*study.RELATED, study.OUTLIER]
+    assert all(float(row[1 + number]) == pytest.approx(1, abs=0.01) for number, row in enumerate(alike))
     assert np.asarray(Image.open(tmp_path / "family.png")).std() > 1
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
+from ..jobs import run
 from ..judge import HEADS, score
 from ..members import BASE, EVERY, SECOND
 from ..train import load_vae
 from .sheets import head_of, save_sheet
-from .study import SEEDS, Study, captions_of, member_of
+from .study import OUTLIER, RELATED, SEEDS, Study, captions_of, member_of
 from .tables import percent, table
 from .weights import change
 
@@ -42,6 +43,16 @@ def answer(study: Study, pictures: Path) -> Iterator[tuple[str, str]]:
     )  # fmt: skip
     yield "family", table(titles, rows)
     yield "judge", _judge(study)
+    yield "alike", _alike(study)
+
+
+def _alike(study: Study) -> str:
+    """Cosines between the changes that fine-tunes make to the base, as `inspect` says them."""
+    names = (*RELATED, OUTLIER)
+    report = run("inspect", files=[study.original(name) for name in names], base=study.original(BASE))
+    cosines = report.details["similarity"][0]["cosine"]
+    rows = [[name, *(f"{cosine:.2f}" for cosine in row)] for name, row in zip(names, cosines, strict=True)]
+    return table(["", *names], rows)
 
 
 def _judge(study: Study) -> str:
