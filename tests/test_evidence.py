@@ -175,7 +175,11 @@ def test_hyper_merges_keep_to_the_bytes(asked: study.Study, tmp_path: Path, monk
     ways = {row[0]: row for row in cells(answers["hyper-ways"])}
     for title, row in ways.items():
         if title not in ("the base", "the plain average"):
-            assert float(row[1]) == pytest.approx(float(ways[hypermerge.JOINT][1]), rel=0.1), title
+            size, most = float(row[1]), float(ways[hypermerge.JOINT][1])
+            if "of its own" in title:  # of whole ranks, no more than that
+                assert 0.6 * most < size <= most, title
+            else:
+                assert size == pytest.approx(most, rel=0.1), title
             assert float(row[2]) < float(ways["the plain average"][2]), title
     assert "| 2 |" in answers["hyper-how-many"] and (tmp_path / "hyper.png").exists()
     assert cells(answers["hyper-left-out"])[-1][0] == BASE

@@ -111,6 +111,8 @@ def test_flags_and_spec_agree() -> None:
         required = verb.spec.schema()["required"]
         for name, param in verb.spec.params().items():
             flags = [] if is_positional(param, name in required) else [flag_of(name, param)]
+            if param.kind == kinds.FLAG and verb.spec.defaults()[name]:
+                flags.append(flags[0].replace("--", "--no-", 1))
             assert actions[name].option_strings == flags
             assert actions[name].required == (name in required)
             assert param.label in (actions[name].help or "")
