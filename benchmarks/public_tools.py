@@ -77,9 +77,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _versions(options: argparse.Namespace) -> str:
-    told = [subprocess.check_output([python, "-c", _VERSIONS], text=True).strip()
-            for python in (sys.executable, options.script_python)]  # fmt: skip
+    ours, tools = ([sys.executable], ["env", f"PYTHONPATH={_path(options)}", options.script_python])
+    told = [subprocess.check_output([*python, "-c", _VERSIONS], text=True).strip() for python in (ours, tools)]
     return f"ours on {told[0]}; the tools on {told[1]}; sd-scripts {options.version}"
+
+
+def _path(options: argparse.Namespace) -> str:
+    """PYTHONPATH of the tools."""
+    return os.pathsep.join(filter(None, (str(options.scripts), options.path)))
 
 
 def _jobs(options: argparse.Namespace) -> dict[str, Job]:
@@ -132,7 +137,6 @@ def _jobs(options: argparse.Namespace) -> dict[str, Job]:
 def _row(options: argparse.Namespace, name: str, job: Job) -> tuple[str, ...]:
     """Ours before and after the tool: what else the machine does meanwhile shows as spread."""
     ours, theirs = (options.scratch / f"public-{name}-{side}.safetensors" for side in ("ours", "tool"))
-    path = os.pathsep.join(filter(None, (str(options.scripts), options.path)))
 
     def own(times: int) -> list[Run]:
         return [
@@ -144,7 +148,7 @@ def _row(options: argparse.Namespace, name: str, job: Job) -> tuple[str, ...]:
     runs = own((options.runs + 1) // 2)
     try:
         script = options.scripts / "networks" / job.tool
-        tool = _timed(options, job, theirs, ["env", f"PYTHONPATH={path}", options.script_python, script,
+        tool = _timed(options, job, theirs, ["env", f"PYTHONPATH={_path(options)}", options.script_python, script,
                                              *_to(theirs, job.theirs)])  # fmt: skip
         took = [f"{tool.wall:.1f}", f"{tool.peak:.0f}"]
     except ChildError as error:

@@ -76,7 +76,7 @@ class HyperSpec(Spec):
     separate_te: bool = param(
         FLAG, "Multipliers of their own for text encoders",
         "Comes closer, above all where some models change text encoders and others do not; a prompt then has two "
-        "numbers a LoRA. One number where all models have the same text encoders.", True,
+        "numbers a LoRA. One number where no text encoder changes.", True,
     )  # fmt: skip
     dtype: str = param(
         CHOICE, "Number format of the LoRAs", "fp16 is what everything loads.", "fp16", advanced=True,
