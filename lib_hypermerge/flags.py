@@ -62,7 +62,7 @@ def _has_blocks(spec: type[Spec]) -> bool:
 
 def _add(parser: argparse.ArgumentParser, name: str, param: Param, required: bool, default: Any) -> None:
     text = f"{param.label}. {param.help}".replace("%", "%%")
-    if default not in (None, "", ()) and not required and param.kind != FLAG:
+    if default not in (None, "", ()) and not required and (param.kind != FLAG or default):
         text += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
     flag = flag_of(name, param)
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text, "required": required}

@@ -166,8 +166,8 @@ def test_hyper_merges_keep_to_the_bytes(asked: study.Study, tmp_path: Path, monk
     names = ("stripes", "night", "turned")
     ways = {w: hypermerge.WAYS[w] for w in (hypermerge.JOINT, "container")}
     for name, value in (
-        ("ORDER", names), ("RELATED", list(names)), ("WAYS", ways), ("RANKS", "6,5"), ("OTHER_RANKS", ()),
-        ("COUNTS", (2,)), ("COUNTED_RANKS", "3,3"), ("SOLVER", {"starts": 1, "iterations": 3}),
+        ("ORDER", names), ("RELATED", list(names)), ("WAYS", ways), ("RANKS", "6,5"), ("OTHER_RANKS", ("2,2",)),
+        ("COUNTS", (2, 3)), ("COUNTED_RANKS", "3,3"), ("SOLVER", {"starts": 1, "iterations": 3}),
     ):  # fmt: skip
         monkeypatch.setattr(hypermerge, name, value)
     answers = dict(hypermerge.answer(asked, tmp_path))
@@ -179,9 +179,11 @@ def test_hyper_merges_keep_to_the_bytes(asked: study.Study, tmp_path: Path, monk
             if "of its own" in title:  # of whole ranks, no more than that
                 assert 0.6 * most < size <= most, title
             else:
-                assert size == pytest.approx(most, rel=0.1), title
+                assert size == pytest.approx(most, rel=0.04), title
             assert float(row[2]) < float(ways["the plain average"][2]), title
-    assert "| 2 |" in answers["hyper-how-many"] and (tmp_path / "hyper.png").exists()
+    assert [row[0] for row in cells(answers["hyper-how-many"])] == ["2", "3"] and (tmp_path / "hyper.png").exists()
+    few, container = cells(answers["hyper-budget"])
+    assert float(few[1]) == pytest.approx(float(container[1]), rel=0.04) and float(few[1]) < 0.5 * most
     assert cells(answers["hyper-left-out"])[-1][0] == BASE
 
 
@@ -234,6 +236,9 @@ def test_clamping_cuts_the_largest_numbers_of_the_svd(folder: Path, tmp_path: Pa
         found = [cut[k].flatten(1).numpy().astype(np.float64) for k in (key, key.replace("lora_up", "lora_down"))]
         sizes = np.abs(np.concatenate([part.ravel() for part in found]))
         assert sizes.max() < entries.max()
+        # the entries' signs are the SVD's own, and with them the 0.99 quantile: the limit is read from the result
+        assert np.allclose(np.sort(sizes), np.sort(entries.clip(max=sizes.max())), atol=2e-3)
+        assert 0.005 < (entries > sizes.max() + 1e-3).mean() < 0.05
         off = np.linalg.norm(found[0] @ found[1] - up @ down) / np.linalg.norm(up @ down)
         assert 1e-3 < off < 0.5
 
@@ -247,7 +252,9 @@ def test_a_packed_checkpoint_is_close_and_smaller(folder: Path) -> None:
         assert again[key].dtype == tensor.dtype and again[key].shape == tensor.shape
         if tensor.is_floating_point():
             step = tensor.float().flatten(1).abs().amax(1, keepdim=True) / pack.MOST if tensor.ndim > 1 else 1e-9
-            assert ((again[key].float() - tensor.float()).abs().reshape(len(tensor), -1) <= 0.54 * step + 1e-6).all()
+            off = (again[key].float() - tensor.float()).abs().reshape(len(tensor), -1)
+            rounded = 2**-11 * again[key].float().abs().reshape(len(tensor), -1)  # to fp16 once more
+            assert (off <= 0.5001 * step + rounded + 1e-6).all()
 
 
 def test_a_page_is_filled_between_its_marks(tmp_path: Path) -> None:

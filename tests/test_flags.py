@@ -54,6 +54,9 @@ def test_what_is_on_by_itself_can_be_turned_off() -> None:
     assert parse("--lora", "x").by_layer
     assert parse("--lora", "x", "--by-layer").by_layer
     assert not parse("--lora", "x", "--no-by-layer").by_layer
+    parser = Parser()
+    add_flags(parser, Mixed)
+    assert "On unless it is turned off. (default: True)" in " ".join(parser.format_help().split())
     with pytest.raises(SpecError, match="--no-deep"):
         parse("--lora", "x", "--no-deep")
 

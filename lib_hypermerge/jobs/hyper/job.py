@@ -96,7 +96,7 @@ class _Merge:
             with self._timed("comparing"):
                 boxes, others = self._compare(parts, ranks)
         draft = self._recipe(parts, ranks)
-        measures = Measures(self.plan, seen, len(ranks))
+        measures = Measures(self.plan, seen, len(ranks), len(parts) > 1)
         with self._timed("finishing and writing"), contextlib.ExitStack() as stack:
             # first, as the hyper-model's header tells of them
             rests = self._remainders(draft.hyper)

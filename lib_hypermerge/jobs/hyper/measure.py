@@ -18,11 +18,13 @@ from .solving import UNET, Seen, changes, from_origin
 
 @dataclass
 class Measures:
-    """Sums in float64 over finished layers. seen: by the layers' indices."""
+    """Sums in float64 over finished layers. seen: by the layers' indices.  separate: text encoders have multipliers of
+    their own."""
 
     plan: HyperPlan
     seen: Sequence[Seen]
     count: int  # LoRAs
+    separate: bool
     errors: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)  # (component, block) → (M,)
     before: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     sums: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -127,7 +129,7 @@ class Measures:
 
     def _problems(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(energies, inner, gram) of what shares multipliers."""
-        if self.plan.spec.separate_te:
+        if self.separate:
             return list(self.sums.values())
         return [tuple(sum(s[i] for s in self.sums.values()) for i in range(3))]  # type: ignore[list-item]
 
