@@ -17,28 +17,63 @@ window.hypermerge = window.hypermerge || (() => {
         return inputs;
     }
 
+    // A job is asked after when its bar has ended, else seldom: gradio redraws the page for every answer.
+    const SOON = 300, SELDOM = 5000, AT_MOST = 10000; // ms
+    const followed = {}; // verb: {bar: there is one, news: the last, lost: pause after the last that never came, timer}
+
     function watch(verb) {
+        const task = tasks[verb], anchor = find(verb, "progress"), state = followed[verb] ||= {};
+        clearTimeout(state.timer);
+        Object.assign(state, {bar: true, timer: null});
         setRunning(verb, true);
-        const anchor = find(verb, "progress");
+        const barEnded = () => {
+            if (tasks[verb] !== task) return;
+            state.bar = false;
+            if (state.timer) askAfter(verb, SOON);
+        };
         if (typeof requestProgress === "function") {
-            requestProgress(tasks[verb], anchor, null, () => {}, () => {}); // the WebUI's own bar
+            requestProgress(task, anchor, null, barEnded, () => {}); // the WebUI's own bar
         } else {
-            poll(verb, tasks[verb], anchor);
+            poll(verb, task, anchor).then(barEnded);
         }
     }
 
-    // the page was opened while a job is under way: watch it as if it had been started here;
-    // returns the job to wait for, which is none if this page has started one meanwhile
-    function resume(verb, task) {
-        find(verb, "panel")?.classList.add("hypermerge-loaded"); // the lists are fresh now
-        if (!task || tasks[verb]) return "";
-        tasks[verb] = task;
-        watch(verb);
-        return task;
+    function askAfter(verb, pause) {
+        const task = tasks[verb], state = followed[verb];
+        clearTimeout(state.timer);
+        state.timer = setTimeout(() => {
+            state.timer = null;
+            if (tasks[verb] === task) find(verb, "ask").click();
+        }, pause);
     }
 
-    function resumed(verb, task) {
-        if (task && tasks[verb] === task) ended(verb);
+    // after every answer about a job, and where none came: then the news are those that were there before
+    function follow(verb, news) {
+        const task = tasks[verb], state = followed[verb];
+        if (!task) return;
+        const about = JSON.parse(news || "{}");
+        const came = about.task === task && news !== state.news;
+        state.news = news;
+        if (came && about.over) {
+            ended(verb);
+        } else if (came) {
+            if (!state.bar) watch(verb); // the WebUI's bar gives up when a connection breaks
+            state.lost = 0;
+            askAfter(verb, SELDOM);
+        } else {
+            state.lost = Math.min(2 * state.lost || SOON, AT_MOST);
+            askAfter(verb, state.lost);
+        }
+    }
+
+    // as the page opens: the lists are fresh now, and a job that is under way is watched as if it had been started here
+    function loaded(verb, news) {
+        find(verb, "panel")?.classList.add("hypermerge-loaded");
+        const {task, over} = JSON.parse(news || "{}");
+        if (!task || over || tasks[verb]) return;
+        tasks[verb] = task;
+        watch(verb);
+        follow(verb, news);
     }
 
     function setRunning(verb, running) {
@@ -56,6 +91,7 @@ window.hypermerge = window.hypermerge || (() => {
         if (find(verb, "result")?.querySelector(".hypermerge-load")) {
             root().querySelector("#refresh_sd_model_checkpoint")?.click();
         }
+        find(verb, "over").click();
     }
 
     async function poll(verb, id, anchor) {
@@ -71,6 +107,7 @@ window.hypermerge = window.hypermerge || (() => {
                 const percent = `${Math.round(job.progress * 100)}%`;
                 bar.firstChild.style.width = percent;
                 bar.firstChild.textContent = `${percent} ${job.text}`;
+                if (job.status !== "queued" && job.status !== "running") break;
             }
         }
         bar.remove();
@@ -216,6 +253,6 @@ window.hypermerge = window.hypermerge || (() => {
     }
     if (typeof onUiLoaded === "function") onUiLoaded(markHost); else markHost();
 
-    return {start, ended, resume, resumed, ask, answered, task: (verb) => tasks[verb] || "", copy, send, sendInstead, fill, load,
+    return {start, loaded, follow, ask, answered, task: (verb) => tasks[verb] || "", copy, send, sendInstead, fill, load,
         styles, shownJob, stylesSaved, addRow, clearRow, showRows};
 })();

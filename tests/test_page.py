@@ -218,10 +218,10 @@ def test_interrupt_is_for_the_job_of_this_page_only(page: Page, site: Site) -> N
     panel = panel_of(site.runner)
     with site.host._turn:
         job = site.runner.submit("extract", {"base": "base.safetensors", "tuned": "tuned.safetensors", "out": "theirs"})
-        panel._interrupt("")
-        panel._interrupt("task(mine)")
+        panel.following.interrupt("")
+        panel.following.interrupt("task(mine)")
         assert job.status == "queued"
-        panel._interrupt(job.id)
+        panel.following.interrupt(job.id)
         assert job.status == "cancelled"
 
 
@@ -258,24 +258,27 @@ def test_a_result_that_cannot_be_shown_is_answered_with_an_error(site: Site, mon
         raise RuntimeError("no picture")
 
     panel = panel_of(site.runner)
-    monkeypatch.setattr("lib_hypermerge.ui.panel.job_html", broken)
+    monkeypatch.setattr("lib_hypermerge.ui.following.job_html", broken)
     values = {**ExtractSpec.defaults(), "base": "base.safetensors", "tuned": "tuned.safetensors", "out": "unseen"}
     raw = [list(value) if isinstance(value, tuple) else value for value in values.values()]
-    assert "RuntimeError: no picture" in panel._run(panel.verb, "task(unseen)", *raw)
+    job = panel._submit(panel.verb, "task(unseen)", *raw)
+    assert job.wait(60)
+    shown, news = panel.following._tell(job.id)
+    assert "RuntimeError: no picture" in shown and json.loads(news)["over"]
     assert "RuntimeError: no picture" in panel._loaded(None, None)[-2]
 
 
-def test_only_what_awaits_a_job_stands_in_the_queue(site: Site) -> None:
-    """gradio 3 has one small queue for all events: awaited jobs must not keep a forecast waiting."""
+def test_nothing_stands_in_the_queue(site: Site) -> None:
+    """gradio 3 has one small queue for all events, and either version drops what waits there if a connection breaks."""
     dependencies = build_tab(site.runner).config["dependencies"]
-    at_once = [d for d in dependencies if d["queue"] is False and d["backend_fn"]]
-    waiting = [d for d in dependencies if d["queue"] is not False and d["backend_fn"]]
+    answered = [d for d in dependencies if d["backend_fn"]]
+    assert all(d["queue"] is False for d in answered)
     panels = [panel_of(site.runner, verb) for verb in VERBS]
-    assert len(waiting) == sum(2 + bool(panel.preview) for panel in panels)  # run, preview and resume
-    # what would happen, asked for at every change and after a run; interrupt, refresh and load; reading a prompt
+    # what would happen, asked for at every change and after a job; run, preview, how it goes, interrupt, refresh and
+    # load; reading a prompt
     reading = sum(control.wire is not None for panel in panels for control in panel.controls.values())
     assert reading == 1
-    assert len(at_once) == sum(len(panel.components) + 1 + 3 for panel in panels) + reading
+    assert len(answered) == sum(len(panel.components) + 1 + 5 + bool(panel.preview) for panel in panels) + reading
 
 
 def test_a_webui_stores_each_label_s_default_once(site: Site) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +9,8 @@ import gradio as gr
 
 _JS = "_js" if gr.__version__.startswith("3.") else "js"
 
-# For events that answer at once, which keep out of the queue: in gradio 3 all events share its few places, and a
-# job that is awaited holds one until it ends.
+# For events that answer at once, as all of ours do: they need no place in gradio's queue, which in gradio 3 is one
+# small queue for everything in the page.
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 
 
@@ -27,11 +26,3 @@ def on(
 def update(**properties: Any) -> Any:
     """New properties of a component, as an event's result."""
     return gr.update(**properties)
-
-
-def queue(blocks: gr.Blocks) -> gr.Blocks:
-    """Let several events run at once, so that Interrupt gets through while a job is awaited."""
-    parameters = inspect.signature(gr.Blocks.queue).parameters
-    name = "default_concurrency_limit" if "default_concurrency_limit" in parameters else "concurrency_count"
-    arguments: dict[str, Any] = {name: 8}
-    return blocks.queue(**arguments)

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from .. import api
 from ..hosts.standalone import FolderHost
 from ..jobs.runner import Runner
-from .compat import on, queue
+from .compat import on
 from .tab import build_tab
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def app_of(runner: Runner) -> FastAPI:
         on(blocks.load, None, js=f"() => {{ {script} }}")
     app = FastAPI(title="Hypermerge")
     api.mount(app, runner)
-    return gr.mount_gradio_app(app, queue(blocks), path="/")
+    return gr.mount_gradio_app(app, blocks, path="/")
 
 
 class _Server(uvicorn.Server):

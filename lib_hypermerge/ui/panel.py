@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import re
-import secrets
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
 import gradio as gr
 
-from ..errors import HypermergeError, MissingError, defect
-from ..jobs.runner import QUEUED, RUNNING, Job, Runner, forecast
+from ..errors import HypermergeError, MissingError
+from ..jobs.runner import Job, Runner, forecast
 from ..jobs.spec import CHECKPOINT, FLAG, LORA, LORAS, NAME_LISTS, OUTPUT, PREVIEW, PROMPT, has_preview
 from ..jobs.verbs import Verb
 from . import html
 from .compat import AT_ONCE, on, update
-from .results import error_html, job_html, plan_html
+from .following import Following
+from .results import error_html, plan_html
 from .styles import StyleControls, offers_styles
 from .trial import TrialControls, offers_trial
 from .widgets import MODELS, Control, Lists, control, element_id, keep_out_of_config, lists_of, values_of
-
-log = logging.getLogger("hypermerge")
 
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _HASH = re.compile(r" \[[0-9a-fA-F]+\]$")
@@ -85,14 +82,13 @@ class Panel:
             ):
                 gr.HTML("", elem_id=self._id("progress"))
             self.styles = StyleControls(self.verb, self.runner) if styles else None
-            self.result = gr.HTML("", elem_id=self._id("result"))
-            # invisible controls are not in the page, so the page's script fills this one through the event's inputs
-            self.task = gr.Textbox(visible=False, elem_id=self._id("task"))
+            self.following = Following(self.verb, self.runner)
+            # invisible controls are not in the page, so the page's script fills them through the events' inputs:
             # the last name for the result that was filled in; what was asked about the present choice, and the answer
             self.suggested = gr.Textbox(visible=False, elem_id=self._id("suggested"))
             self.asked = gr.Textbox(visible=False, elem_id=self._id("asked"))
             self.answer = gr.Textbox(visible=False, elem_id=self._id("answer"))
-            hidden = (self.task, self.suggested, self.asked, self.answer)
+            hidden = (self.suggested, self.asked, self.answer)
             for component in (*hidden, self.refresh, self.run, self.preview, self.interrupt):
                 if component is not None:
                     keep_out_of_config(component)
@@ -119,25 +115,24 @@ class Panel:
     # --- what it does -----------------------------------------------------------------------------
 
     def _wire(self) -> None:
-        components, dropdowns = self.components, [component for component, _ in self.pickers]
-        verb = self.verb.id
-        started = self._on_job(self.run.click, self.verb, [self.task, *components])
+        dropdowns, following = [component for component, _ in self.pickers], self.following
+        following.wire()
+        self._on_job(self.run.click, self.verb)
         if self.preview:
-            self._on_job(self.preview.click, self.verb, [self.task, *components], preview=True)
+            self._on_job(self.preview.click, self.verb, preview=True)
         if self.trial:
-            self.trial.wire(self._on_job, self.task, components)
+            self.trial.wire(self._on_job, following.over.click)
         if self.styles:
-            self.styles.wire(self.task)
-        on(
-            self.interrupt.click, self._interrupt, [self.task], js=f"() => [hypermerge.task({verb!r})]", **AT_ONCE
-        )  # fmt: skip
+            self.styles.wire(following.task)
+        task = f"() => [hypermerge.task({self.verb.id!r})]"
+        on(self.interrupt.click, following.interrupt, [following.task], js=task, **AT_ONCE)
         on(self.refresh.click, self._refresh, dropdowns, dropdowns, **AT_ONCE)
         for held in self.controls.values():
             if held.wire is not None:
                 held.wire(self.controls, self.runner.host)
             for component in held.components:  # a name that is being typed is not to be filled in
                 self._on_change(component.change, self._plan if held.param.kind == OUTPUT else self._plan_and_name)
-        self._on_change(started.then, self._name_alone)  # the one that it had is taken now
+        self._on_change(following.over.click, self._name_alone)  # the one that it had is taken now
 
     def _on_change(self, event: Callable[..., Any], answer: Callable[..., Any]) -> None:
         """What would happen now, and a name for it. The page asks one question at a time, and decides about the
@@ -152,68 +147,31 @@ class Panel:
         js = f"(...values) => hypermerge.answered({verb!r}, values, {len(shown) + 1})"
         on(asked.then, None, [self.answer, *shown], shown, js=js)
 
-    def _on_job(self, event: Callable[..., Any], verb: Verb, inputs: list[Any], preview: bool = False) -> Any:
-        """An event that runs a job with the page watching it, and shows its result here."""
-        panel = self.verb.id
-        started = on(
-            event, lambda task, *raw: self._run(verb, task, *raw, preview=preview), inputs, [self.result],
-            js=f"(...values) => hypermerge.start({panel!r}, values, {len(inputs)})", show_progress="hidden",
-        )  # fmt: skip
-        on(started.then, None, js=f"() => hypermerge.ended({panel!r})")
-        return started
+    def _on_job(self, event: Callable[..., Any], verb: Verb, preview: bool = False, bare: bool = False) -> None:
+        """An event that runs a job with the page watching it, and shows its result here. bare: without parameters."""
+        self.following.start(
+            event, lambda task, *raw: self._submit(verb, task, *raw, preview=preview), [] if bare else self.components
+        )
+
+    def _submit(self, verb: Verb, task: str, *raw: Any, preview: bool = False) -> Job:
+        values = self._values(raw) if raw else {}
+        if verb is not self.verb or preview:  # tried in memory, taken back, or a preview: there will be no file
+            self._name_if_unnamed(values)
+        if preview:
+            values[PREVIEW] = True
+        return self.runner.submit(verb, values, task)
 
     def on_load(self, blocks: gr.Blocks) -> None:
         """When the page is opened: fresh lists, and the last job, in case its page was closed.
 
-        One that is not over yet is watched again as if it had been started here.
+        One that is not over yet is followed as if it had been started here.
         """
-        verb = self.verb.id
-        dropdowns = [component for component, _ in self.pickers]
-        loaded = on(blocks.load, self._loaded, dropdowns, [*dropdowns, self.result, self.task], **AT_ONCE)
-        resumed = on(
-            loaded.then, self._resume, [self.task], [self.result],
-            js=f"(task) => [hypermerge.resume({verb!r}, task)]", show_progress="hidden",
-        )  # fmt: skip
-        on(resumed.then, None, [self.task], js=f"(task) => hypermerge.resumed({verb!r}, task)")
+        dropdowns, following = [component for component, _ in self.pickers], self.following
+        outputs = [*dropdowns, following.result, following.news]
+        loaded = on(blocks.load, self._loaded, dropdowns, outputs, **AT_ONCE)
+        following.when_loaded(loaded)
         if self.trial:
-            for event in (loaded.then, resumed.then):
-                self.trial.show_after(event)
-
-    def _run(self, verb: Verb, task: str, *raw: Any, preview: bool = False) -> str:
-        job_id = task or f"task({secrets.token_hex(8)})"
-        try:
-            values = self._values(raw) if raw else {}
-            if verb is not self.verb or preview:  # tried in memory, taken back, or a preview: there will be no file
-                self._name_if_unnamed(values)
-            if preview:
-                values[PREVIEW] = True
-            job = self.runner.submit(verb, values, job_id)
-            job.wait()
-            return job_html(job)
-        except HypermergeError as error:
-            self.runner.host.forget(job_id)
-            return error_html(error)
-        except Exception as error:
-            log.exception("%s could not be started, or its result not be shown", verb.id)
-            self.runner.host.forget(job_id)
-            return error_html(defect(error))
-
-    def _interrupt(self, task: str) -> None:
-        """Cancel the job that this page shows, never another's."""
-        job = self._job(task)
-        if job is not None:
-            job.cancel()
-
-    def _job(self, task: str) -> Job | None:
-        return next((job for job in self.runner.jobs() if job.id == task), None)
-
-    def _resume(self, task: str) -> Any:
-        """The result of a job that was under way when the page was opened; nothing if there was none."""
-        job = self._job(task)
-        if job is None:
-            return update()
-        job.wait()
-        return _shown(job)
+            self.trial.show_after(loaded.then)
 
     def _values(self, raw: Sequence[Any]) -> dict[str, Any]:
         return values_of(self.verb.spec, self.controls, raw)
@@ -320,14 +278,8 @@ class Panel:
         return self._names(chosen)
 
     def _loaded(self, *chosen: Any) -> list[Any]:
-        job = self.runner.latest(self.verb.id)
         names = self._names(chosen)
-        under_way = job is not None and job.status in (QUEUED, RUNNING)
-        return [
-            *(names if isinstance(names, list) else [names]),
-            _shown(job) if job else "",
-            job.id if job and under_way else "",
-        ]
+        return [*(names if isinstance(names, list) else [names]), *self.following.last()]
 
 
 def _answer(asked: str, facts: Callable[[], dict[str, str]]) -> Any:
@@ -352,12 +304,3 @@ def _rows(fields: list[str], params: dict[str, Any]) -> list[list[str]]:
     rows = [[f] for f in fields if params[f].kind == OUTPUT]
     rows += [plain[i : i + 3] for i in range(0, len(plain), 3)]
     return rows + ([flags] if flags else [])
-
-
-def _shown(job: Job) -> str:
-    """job_html, whatever happens: the rest of the page must not suffer."""
-    try:
-        return job_html(job)
-    except Exception as error:
-        log.exception("the result of %s could not be shown", job.id)
-        return error_html(defect(error))

@@ -32,13 +32,14 @@ class TrialControls:
     def add_note(self) -> None:
         self.note = gr.HTML("", elem_id=element_id(self.verb.id, "trial"))
 
-    def wire(self, start: Callable[..., Any], task: Any, components: list[Any]) -> None:
-        """start(event, verb, inputs) runs a job and shows its result."""
+    def wire(self, start: Callable[..., None], over: Callable[..., Any]) -> None:
+        """start(event, verb, bare) runs a job, with the panel's parameters or bare of them; over: its end's event."""
         # torch is there by now: the host has a model
         from ..jobs.trial import TAKE_BACK_VERB, TRY_VERB
 
-        self.show_after(start(self.attempt.click, TRY_VERB, [task, *components]).then)
-        self.show_after(start(self.back.click, TAKE_BACK_VERB, [task]).then)
+        start(self.attempt.click, TRY_VERB)
+        start(self.back.click, TAKE_BACK_VERB, bare=True)
+        self.show_after(over)
 
     def show_after(self, event: Callable[..., Any]) -> None:
         """Tell anew what is changed."""
