@@ -17,6 +17,12 @@ KINDS = {  # of what could stand for the models at the same size
     "container": "a container",
 }
 
+# seen in docs/evidence.md, "Hyper-merge"
+_OWN_FROM_MEAN = (
+    "counted from the models' mean, as all of these are; extracted from the checkpoint that the models were trained "
+    "from, they can draw closer than shared ones: choose it as the base to compare"
+)
+
 
 def text(report: Report) -> list[str]:
     """The lines of a finished hyper-merge."""
@@ -78,6 +84,8 @@ def describe(report: Report) -> list[tuple[str, str]]:
     rows.append(("Solver", f"{d['solver']}; {loss_trace(d['loss'])}"))
     if d["alternatives"]:
         rows.append(("Missed at the same size", alternatives(d["alternatives"])))
+        if not d["from_base"]:
+            rows.append(("LoRAs of their own", _OWN_FROM_MEAN))
     if d["better"]:
         rows.append(("LoRAs or container", d["better"]))
     firsts = [point for point in d["curve"] if 0 < point["loras"] < len(d["loras"])]

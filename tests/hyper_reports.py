@@ -33,7 +33,7 @@ def hyper_report(models: int = 4, ranks: tuple[int, ...] = (64, 32, 16), name: s
     sizes = [rank * 2**20 for rank in ranks]
     loss = [0.3 / (i + 1) + 0.1 for i in range(20)]
     details = {
-        "architecture": "SD1.5", "preview": False, "solver": "joint", "residual_share": loss[-1],
+        "architecture": "SD1.5", "preview": False, "solver": "joint", "from_base": False, "residual_share": loss[-1],
         "multipliers": multipliers, "te_multipliers": None, "loss": loss,
         "models": {label: 0.2 + 0.05 * i for i, label in enumerate(labels)}, "ranks": list(ranks),
         "hyper": f"{name}.safetensors", "hyper_bytes": 2**31, "recipe": f"/models/{name}.hypermerge.json",

@@ -74,6 +74,13 @@ def test_each_model_has_its_error_prompt_and_buttons() -> None:
     assert "a container 12.0 %, shared LoRAs (joint) 17.0 %" in told
 
 
+@pytest.mark.parametrize("more", [{"from_base": True}, {"alternatives": []}])
+def test_where_loras_of_their_own_are_counted_from_is_said(more: dict) -> None:
+    assert "choose it as the base to compare" in as_text(hyper_report())
+    assert "choose it as the base to compare" in report_html(hyper_report())
+    assert "choose it as the base to compare" not in as_text(hyper_report(**more))
+
+
 def test_a_preview_says_that_nothing_was_written_and_what_would_be() -> None:
     container = {"name": "family.hypermerge", "bytes": 5 * 2**20, "residual_share": 0.05, "models": {"model-a": 0.2}}
     rests = {"model-a": {"name": "family-model-a-rest", "bytes": 2**20, "restores": 0.9}}

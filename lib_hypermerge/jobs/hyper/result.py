@@ -51,6 +51,7 @@ def report_of(
         "architecture": plan.inputs.template.title,
         "preview": spec.preview,
         "solver": DIRECTIONS if plan.full else spec.solver,
+        "from_base": plan.inputs.base is not None,
         "residual_share": recipe.residual_share,
         "multipliers": recipe.multipliers,
         "te_multipliers": recipe.te_multipliers,
