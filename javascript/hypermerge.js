@@ -1,117 +1,7 @@
-// The page's side of a panel: task ids, progress, copy and send. Loaded by the WebUI, or by the standalone page.
+// The page's side of a panel: forecasts, rows, copy and send. Loaded by the WebUI, or by the standalone page.
 window.hypermerge = window.hypermerge || (() => {
-    const tasks = {};
     const root = () => (typeof gradioApp === "function" ? gradioApp() : document);
     const find = (verb, field) => root().querySelector(`#hypermerge_${verb}_${field}`);
-
-    function newId() {
-        return `task(${Math.random().toString(36).slice(2, 15)}${Date.now().toString(36)})`;
-    }
-
-    // gradio 3 passes the inputs and then the outputs; only the inputs may go back
-    function start(verb, values, count) {
-        tasks[verb] = newId();
-        const inputs = Array.from(values).slice(0, count);
-        inputs[0] = tasks[verb];
-        watch(verb);
-        return inputs;
-    }
-
-    // A job is asked after when its bar has ended, else seldom: gradio redraws the page for every answer.
-    const SOON = 300, SELDOM = 5000, AT_MOST = 10000; // ms
-    const followed = {}; // verb: {bar: there is one, news: the last, lost: pause after the last that never came, timer}
-
-    function watch(verb) {
-        const task = tasks[verb], anchor = find(verb, "progress"), state = followed[verb] ||= {};
-        clearTimeout(state.timer);
-        Object.assign(state, {bar: true, timer: null});
-        setRunning(verb, true);
-        const barEnded = () => {
-            if (tasks[verb] !== task) return;
-            state.bar = false;
-            if (state.timer) askAfter(verb, SOON);
-        };
-        if (typeof requestProgress === "function") {
-            requestProgress(task, anchor, null, barEnded, () => {}); // the WebUI's own bar
-        } else {
-            poll(verb, task, anchor).then(barEnded);
-        }
-    }
-
-    function askAfter(verb, pause) {
-        const task = tasks[verb], state = followed[verb];
-        clearTimeout(state.timer);
-        state.timer = setTimeout(() => {
-            state.timer = null;
-            if (tasks[verb] === task) find(verb, "ask").click();
-        }, pause);
-    }
-
-    // after every answer about a job, and where none came: then the news are those that were there before
-    function follow(verb, news) {
-        const task = tasks[verb], state = followed[verb];
-        if (!task) return;
-        const about = JSON.parse(news || "{}");
-        const came = about.task === task && news !== state.news;
-        state.news = news;
-        if (came && about.over) {
-            ended(verb);
-        } else if (came) {
-            if (!state.bar) watch(verb); // the WebUI's bar gives up when a connection breaks
-            state.lost = 0;
-            askAfter(verb, SELDOM);
-        } else {
-            state.lost = Math.min(2 * state.lost || SOON, AT_MOST);
-            askAfter(verb, state.lost);
-        }
-    }
-
-    // as the page opens: the lists are fresh now, and a job that is under way is watched as if it had been started here
-    function loaded(verb, news) {
-        find(verb, "panel")?.classList.add("hypermerge-loaded");
-        const {task, over} = JSON.parse(news || "{}");
-        if (!task || over || tasks[verb]) return;
-        tasks[verb] = task;
-        watch(verb);
-        follow(verb, news);
-    }
-
-    function setRunning(verb, running) {
-        find(verb, "panel").classList.toggle("hypermerge-running", running);
-    }
-
-    function ended(verb) {
-        tasks[verb] = null;
-        setRunning(verb, false);
-        // the cards of the WebUI's LoRA tabs: what its own refresh button does
-        for (const tab of ["txt2img", "img2img"]) {
-            root().querySelector(`#${tab}_lora_extra_refresh_internal`)?.click();
-        }
-        // a checkpoint was written: the WebUI's list of them too, which keeps its choice
-        if (find(verb, "result")?.querySelector(".hypermerge-load")) {
-            root().querySelector("#refresh_sd_model_checkpoint")?.click();
-        }
-        find(verb, "over").click();
-    }
-
-    async function poll(verb, id, anchor) {
-        const bar = document.createElement("div");
-        bar.className = "progressDiv";
-        bar.innerHTML = '<div class="progress"></div>';
-        anchor.parentElement.insertBefore(bar, anchor);
-        while (tasks[verb] === id) {
-            await new Promise((resolve) => setTimeout(resolve, 250));
-            const answer = await fetch(`hypermerge/v1/jobs/${encodeURIComponent(id)}`).catch(() => null);
-            if (answer?.ok) {
-                const job = await answer.json();
-                const percent = `${Math.round(job.progress * 100)}%`;
-                bar.firstChild.style.width = percent;
-                bar.firstChild.textContent = `${percent} ${job.text}`;
-                if (job.status !== "queued" && job.status !== "running") break;
-            }
-        }
-        bar.remove();
-    }
 
     // Questions about what is chosen: one at a time, for answers could overtake each other, and of those that wait
     // only the newest; the others are sent empty, which means nothing.
@@ -253,6 +143,6 @@ window.hypermerge = window.hypermerge || (() => {
     }
     if (typeof onUiLoaded === "function") onUiLoaded(markHost); else markHost();
 
-    return {start, loaded, follow, ask, answered, task: (verb) => tasks[verb] || "", copy, send, sendInstead, fill, load,
+    return {ask, answered, copy, send, sendInstead, fill, load,
         styles, shownJob, stylesSaved, addRow, clearRow, showRows};
 })();

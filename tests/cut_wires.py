@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 
 class Wires:
-    """Passes TCP connections on to a port of this machine until they are cut."""
+    """Passes TCP connections on to a port of this machine, which may become another, until they are cut."""
 
     def __init__(self, port: int):
-        self._target = port
+        self.target = port
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -31,8 +31,10 @@ class Wires:
         """Break all connections, and let none come up meanwhile."""
         self.down = True
         self.cut()
-        yield
-        self.down = False
+        try:
+            yield
+        finally:
+            self.down = False
 
     def close(self) -> None:
         self.down = True
@@ -46,7 +48,11 @@ class Wires:
                 if self.down:
                     near.close()
                     continue
-                far = socket.create_connection(("127.0.0.1", self._target))
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:  # nobody listens
+                    near.close()
+                    continue
                 self._open |= {near, far}
                 for source, sink in ((near, far), (far, near)):
                     threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()

@@ -20,6 +20,7 @@ from lib_hypermerge.jobs.runner import Runner
 from lib_hypermerge.jobs.verbs import VERBS
 from lib_hypermerge.ui.page import app_of
 from lib_hypermerge.ui.panel import Panel
+from lib_hypermerge.ui.tab import build_tab
 
 SOON = 30_000  # ms; a slow machine is no failure
 
@@ -47,6 +48,12 @@ class Site:
 def panel_of(runner: Runner, verb: str = "extract") -> Panel:
     with gr.Blocks():
         return Panel(VERBS[verb], runner)
+
+
+def queued(runner: Runner) -> list[dict]:
+    """The events of the whole tab that gradio would put into its queue."""
+    dependencies = build_tab(runner).config["dependencies"]
+    return [d for d in dependencies if d["backend_fn"] and d["queue"] is not False]
 
 
 @contextmanager

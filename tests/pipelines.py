@@ -1,4 +1,4 @@
-"""Narrow pipelines saved by diffusers and transformers themselves, with random weights."""
+"""Narrow pipelines saved by diffusers and transformers themselves, with random weights; and how we read them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from lib_hypermerge.layouts.opening import open_checkpoint
 
 WIDTHS = (32, 64, 96, 96)  # they change where those of real models do
 ATTEND, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -99,3 +101,10 @@ def save(folder: Path, models: dict[str, torch.nn.Module], **options) -> Path:
     index |= {name: ["some_library", type(model).__name__] for name, model in models.items()}
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
+
+
+def single_view(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint under its single-file name, as a job reads it."""
+    model = open_checkpoint(path)
+    with model.file as file:
+        return {name: file.read(info) for name, info in file.tensors.items()}

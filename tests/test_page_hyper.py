@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from models import base_weights, rank_change, save_checkpoint, tuned_weights
-from pages import SOON, Site, choose, field, open_page, panel_of, result, served, text_box, type_into
+from pages import SOON, Site, choose, field, open_page, panel_of, queued, result, served, text_box, type_into
 from playwright.sync_api import Locator, Page, expect
 from safetensors import safe_open
 
@@ -165,6 +165,7 @@ def test_restore_one_of_the_models_that_are_offered(page: Page, site: Site) -> N
 
 def test_a_host_without_styles_offers_none(site: Site) -> None:
     assert panel_of(site.runner, HYPER).styles is not None
+    assert queued(site.runner) == []
     assert panel_of(Runner(FolderHost(site.checkpoints, site.loras)), HYPER).styles is None
     assert all(panel_of(site.runner, verb).styles is None for verb in VERBS if verb != HYPER)
 

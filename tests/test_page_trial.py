@@ -10,7 +10,7 @@ import pytest
 import torch
 from memory import module_tree, parameters
 from models import base_weights, extract, rank_change, save_pair, tuned_weights
-from pages import SOON, Site, choose, field, open_page, panel_of, result, served, text_box, type_into
+from pages import SOON, Site, choose, field, open_page, panel_of, queued, result, served, text_box, type_into
 from playwright.sync_api import Page, expect
 from safetensors.torch import load_file
 
@@ -105,3 +105,4 @@ def test_a_host_without_one_has_no_such_buttons(site: Site) -> None:
     plain = Runner(FolderHost(site.checkpoints, site.loras))
     assert panel_of(plain, MERGE).trial is None
     assert panel_of(site.runner, "extract").trial is None
+    assert queued(site.runner) == []

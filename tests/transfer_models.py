@@ -6,10 +6,32 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import convert_files as files
 import torch
-from models import UNET, Weights, last_json, run_cli
+from models import UNET, Weights, base_weights, last_json, run_cli, save_checkpoint
+
+from lib_hypermerge.jobs.transfer.spec import TransferSpec
 
 Tensor = torch.Tensor
+
+
+def save_models(folder: Path) -> Path:
+    """Two related bases, a stranger, one of another architecture, and a LoRA for either architecture."""
+    base = base_weights()
+    save_checkpoint(folder / "source.safetensors", base)
+    save_checkpoint(folder / "target.safetensors", noisy(base, 0.05))
+    save_checkpoint(folder / "stranger.safetensors", base_weights(seed=9))
+    save_checkpoint(folder / "sd2.safetensors", base_weights("sd21"))
+    files.save(folder / "style.safetensors", files.lora("sd15", only=files.some))
+    files.save(folder / "xl.safetensors", files.lora("sdxl", only=files.some))
+    return folder
+
+
+def values(models: Path, tmp_path: Path, **more) -> TransferSpec:
+    return TransferSpec.from_json({
+        "loras": [str(models / "style.safetensors")], "source_base": str(models / "source.safetensors"),
+        "target_base": str(models / "target.safetensors"), "out": str(tmp_path / "new"), **more,
+    })  # fmt: skip
 
 
 def transfer(lora, source: Path, target: Path, out: Path, *more) -> dict:

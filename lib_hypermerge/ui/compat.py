@@ -9,15 +9,17 @@ import gradio as gr
 
 _JS = "_js" if gr.__version__.startswith("3.") else "js"
 
-# For events that answer at once, as all of ours do: they need no place in gradio's queue, which in gradio 3 is one
-# small queue for everything in the page.
-AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-
 
 def on(
     event: Callable, fn: Callable | None, inputs: Sequence = (), outputs: Sequence = (), js: str | None = None, **more
 ):
-    """Attach an event: on(button.click, fn, inputs, outputs, js=…)."""
+    """Attach an event: on(button.click, fn, inputs, outputs, js=…).
+
+    Outside gradio's queue, which in gradio 3 is one small queue for everything in the page and in either version
+    forgets who waits there when a connection breaks. So fn must answer soon; jobs are followed (see following).
+    """
+    if fn is not None:
+        more = {"queue": False, "show_progress": "hidden", **more}
     if js is not None:
         more[_JS] = js
     return event(fn, list(inputs), list(outputs), **more)

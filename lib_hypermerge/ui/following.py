@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import gradio as gr
 from ..errors import HypermergeError, defect
 from ..jobs.runner import QUEUED, RUNNING, Job, Runner
 from ..jobs.verbs import Verb
-from .compat import AT_ONCE, on, update
+from .compat import on, update
 from .results import error_html, job_html
 from .widgets import element_id, keep_out_of_config
 
@@ -26,8 +27,10 @@ log = logging.getLogger("hypermerge")
 
 _WAIT = 0.3  # s that an answer may take: a job that ends meanwhile is shown at once
 
+_REMEMBERED = 50  # refusals
+
 _ABSENT = HypermergeError(
-    "Nothing is known of this job.", "It did not reach the server, or that was started again since.",
+    "Nothing is known of this job.", "It never reached the server, or that has run many others since.",
     "Look whether its file is there, and start it again if not.",
 )  # fmt: skip
 
@@ -38,6 +41,8 @@ class Following:
     def __init__(self, verb: Verb, runner: Runner):
         self.verb, self.runner = verb, runner
         self._number = itertools.count()
+        self._planned: dict[str, bool] = {}  # jobs that the runner does not know yet; whether they are to be cancelled
+        self._refusals: dict[str, str] = {}
         self.result = gr.HTML("", elem_id=element_id(verb.id, "result"))
         # invisible controls are not in the page, so the page's script fills these through the events' inputs
         self.task = gr.Textbox(visible=False, elem_id=element_id(verb.id, "task"))
@@ -53,7 +58,7 @@ class Following:
     def wire(self) -> None:
         asked = on(
             self.ask.click, self._tell, [self.task], [self.result, self.news],
-            js=f"() => [hypermerge.task({self.verb.id!r})]", **AT_ONCE,
+            js=f"() => [hypermergeJobs.task({self.verb.id!r})]",
         )  # fmt: skip
         self._follow(asked)
 
@@ -62,22 +67,24 @@ class Following:
         inputs = [self.task, *components]
         started = on(
             event, lambda task, *raw: self._start(submit, task, *raw), inputs, [self.result, self.news],
-            js=f"(...values) => hypermerge.start({self.verb.id!r}, values, {len(inputs)})", **AT_ONCE,
+            js=f"(...values) => hypermergeJobs.start({self.verb.id!r}, values, {len(inputs)})",
         )  # fmt: skip
         self._follow(started)
 
     def when_loaded(self, loaded: Any) -> None:
         """loaded: an event that gave the result and the news of the page's opening."""
-        on(loaded.then, None, [self.news], js=f"(news) => hypermerge.loaded({self.verb.id!r}, news)")
+        on(loaded.then, None, [self.news], js=f"(news) => hypermergeJobs.loaded({self.verb.id!r}, news)")
 
     def _follow(self, event: Any) -> None:
-        on(event.then, None, [self.news], js=f"(news) => hypermerge.follow({self.verb.id!r}, news)")
+        on(event.then, None, [self.news], js=f"(news) => hypermergeJobs.follow({self.verb.id!r}, news)")
 
     def interrupt(self, task: str) -> None:
         """Cancel the job that this page shows, never another's."""
         job = self._job(task)
         if job is not None:
             job.cancel()
+        elif task in self._planned:
+            self._planned[task] = True
 
     def last(self) -> list[str]:
         """What there is to say of the newest job as the page opens: result and news."""
@@ -85,30 +92,45 @@ class Following:
         return [_shown(job), self._news(job.id, over=not _is_under_way(job))] if job else ["", ""]
 
     def _start(self, submit: Callable[..., Job], task: str, *raw: Any) -> list[Any]:
+        """Also for a job that was started already: a browser may send a request again whose connection broke."""
         job_id = task or f"task({secrets.token_hex(8)})"
-        try:
-            submit(job_id, *raw)
-        except HypermergeError as error:
-            return self._refused(job_id, error)
-        except Exception as error:
-            log.exception("%s could not be started", self.verb.id)
-            return self._refused(job_id, defect(error))
+        if not self._is_known(job_id):
+            self._planned[job_id] = False
+            try:
+                job = submit(job_id, *raw)
+                if self._planned[job_id]:
+                    job.cancel()
+            except HypermergeError as error:
+                self._refuse(job_id, error)
+            except Exception as error:
+                log.exception("%s could not be started", self.verb.id)
+                self._refuse(job_id, defect(error))
+            finally:
+                del self._planned[job_id]
         return self._tell(job_id)
 
-    def _refused(self, job_id: str, error: HypermergeError) -> list[Any]:
-        self.runner.host.forget(job_id)
-        return [error_html(error), self._news(job_id, over=True)]
+    def _is_known(self, task: str) -> bool:
+        return task in self._planned or task in self._refusals or self._job(task) is not None
+
+    def _refuse(self, task: str, error: HypermergeError) -> None:
+        self._refusals[task] = error_html(error)
+        if len(self._refusals) > _REMEMBERED:
+            del self._refusals[next(iter(self._refusals))]
+        self.runner.host.forget(task)
 
     def _tell(self, task: str) -> list[Any]:
         """The result if it is there or will be in a moment, and the news."""
         if not task:  # pressed by nobody
             return [update(), update()]
+        planned = task in self._planned  # before the others: it is one of them as soon as it is no more this
         job = self._job(task)
-        if job is None:
-            return [error_html(_ABSENT), self._news(task, over=True)]
-        if not job.wait(_WAIT):
+        if job is not None:
+            over = job.wait(_WAIT)
+            return [_shown(job) if over else update(), self._news(task, over)]
+        if planned:
+            time.sleep(_WAIT)
             return [update(), self._news(task, over=False)]
-        return [_shown(job), self._news(task, over=True)]
+        return [self._refusals.get(task) or error_html(_ABSENT), self._news(task, over=True)]
 
     def _news(self, task: str, over: bool) -> str:
         """Numbered, for the page has to tell an answer from one that never came."""

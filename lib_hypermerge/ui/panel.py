@@ -16,7 +16,7 @@ from ..jobs.runner import Job, Runner, forecast
 from ..jobs.spec import CHECKPOINT, FLAG, LORA, LORAS, NAME_LISTS, OUTPUT, PREVIEW, PROMPT, has_preview
 from ..jobs.verbs import Verb
 from . import html
-from .compat import AT_ONCE, on, update
+from .compat import on, update
 from .following import Following
 from .results import error_html, plan_html
 from .styles import StyleControls, offers_styles
@@ -124,9 +124,9 @@ class Panel:
             self.trial.wire(self._on_job, following.over.click)
         if self.styles:
             self.styles.wire(following.task)
-        task = f"() => [hypermerge.task({self.verb.id!r})]"
-        on(self.interrupt.click, following.interrupt, [following.task], js=task, **AT_ONCE)
-        on(self.refresh.click, self._refresh, dropdowns, dropdowns, **AT_ONCE)
+        task = f"() => [hypermergeJobs.task({self.verb.id!r})]"
+        on(self.interrupt.click, following.interrupt, [following.task], js=task)
+        on(self.refresh.click, self._refresh, dropdowns, dropdowns)
         for held in self.controls.values():
             if held.wire is not None:
                 held.wire(self.controls, self.runner.host)
@@ -140,7 +140,7 @@ class Panel:
         verb, inputs = self.verb.id, [self.asked, *self.components]
         asked = on(
             event, answer, inputs, [self.answer],
-            js=f"(...values) => hypermerge.ask({verb!r}, values, {len(inputs)})", **AT_ONCE,
+            js=f"(...values) => hypermerge.ask({verb!r}, values, {len(inputs)})",
         )  # fmt: skip
         out = next((c.components[0] for c in self.controls.values() if c.param.kind == OUTPUT), None)
         shown = [self.forecast] if out is None else [self.forecast, out, self.suggested]
@@ -168,7 +168,7 @@ class Panel:
         """
         dropdowns, following = [component for component, _ in self.pickers], self.following
         outputs = [*dropdowns, following.result, following.news]
-        loaded = on(blocks.load, self._loaded, dropdowns, outputs, **AT_ONCE)
+        loaded = on(blocks.load, self._loaded, dropdowns, outputs)
         following.when_loaded(loaded)
         if self.trial:
             self.trial.show_after(loaded.then)

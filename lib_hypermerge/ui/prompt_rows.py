@@ -13,7 +13,7 @@ from ..errors import HypermergeError, SpecError, defect
 from ..jobs.combine.names import in_prompt
 from ..jobs.host import Host
 from ..jobs.spec import LORAS, Param
-from .compat import AT_ONCE, on, update
+from .compat import on, update
 from .lora_rows import ROWS
 from .results import error_html
 from .widgets import Control, element_id, keep_out_of_config
@@ -36,7 +36,7 @@ def prompt_field(verb: str, name: str, param: Param) -> Control:
     def wire(controls: Mapping[str, Control], host: Host) -> None:
         rows_name, rows = next((n, c) for n, c in controls.items() if c.param.kind == LORAS)
         outputs = [*rows.components, box, note]
-        read = on(button.click, lambda text: _read(text, host), [box], outputs, **AT_ONCE)
+        read = on(button.click, lambda text: _read(text, host), [box], outputs)
         loras = [component for component, _ in rows.pickers]
         on(read.then, None, loras, [], js=f"(...loras) => hypermerge.showRows({verb!r}, {rows_name!r}, loras, {ROWS})")
 

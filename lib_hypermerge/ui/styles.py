@@ -13,7 +13,7 @@ from ..errors import HypermergeError, SpecError, defect
 from ..jobs.report import Report
 from ..jobs.runner import Runner
 from ..jobs.verbs import Verb
-from .compat import AT_ONCE, on
+from .compat import on
 from .results import error_html
 from .widgets import element_id, keep_out_of_config
 
@@ -52,7 +52,7 @@ class StyleControls:
     def wire(self, task: Any) -> None:
         """task: any hidden text; the page's script puts the shown job's id in its place."""
         shown = f"() => [hypermerge.shownJob({self.verb.id!r})]"
-        saved = on(self.save.click, self._save, [task], [self.note], js=shown, **AT_ONCE)
+        saved = on(self.save.click, self._save, [task], [self.note], js=shown)
         on(saved.then, None, js="() => hypermerge.stylesSaved()")
 
     def _save(self, job_id: str) -> str:

@@ -10,7 +10,7 @@ import gradio as gr
 
 from ..jobs.runner import Runner
 from ..jobs.verbs import Verb
-from .compat import AT_ONCE, on, update
+from .compat import on, update
 from .widgets import element_id, keep_out_of_config
 
 
@@ -43,7 +43,7 @@ class TrialControls:
 
     def show_after(self, event: Callable[..., Any]) -> None:
         """Tell anew what is changed."""
-        on(event, self._state, [], [self.note, self.back], **AT_ONCE)
+        on(event, self._state, [], [self.note, self.back])
 
     def _state(self) -> list[Any]:
         from ..jobs.trial import current
