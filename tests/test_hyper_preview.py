@@ -19,20 +19,23 @@ QUICK = {"ranks": "2,1", "starts": 1, "iterations": 3}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models."""
+    """Three models and their base."""
     made = tmp_path_factory.mktemp("preview")
     base = base_weights()
+    save_checkpoint(made / "base.safetensors", base)
     for seed, name in enumerate("abc"):
         save_checkpoint(made / f"{name}.safetensors", tuned_weights(base, rank_change(2), seed))
     return made
 
 
-def test_dry_run_of_the_command_line_measures_and_writes_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("from_base", [False, True])
+def test_dry_run_of_the_command_line_measures_and_writes_nothing(folder: Path, from_base: bool) -> None:
     before = listing(folder)
     models = [folder / f"{name}.safetensors" for name in "abc"]
     flags = [part for name, value in QUICK.items() for part in (f"--{name}", value)]
     command = ["hyper", "--model", *models[:2], "--model", models[2], "--name", "family", "--out-dir", folder / "out",
-               *flags, "--device", "cpu", "--quiet", "--dry-run", "--json"]  # fmt: skip
+               *flags, *(["--base", folder / "base.safetensors"] if from_base else []), "--device", "cpu", "--quiet",
+               "--dry-run", "--json"]  # fmt: skip
     told = run_cli(command)
     assert told.returncode == 0, told.stderr
     report = last_json(told)
@@ -40,7 +43,11 @@ def test_dry_run_of_the_command_line_measures_and_writes_nothing(folder: Path) -
     assert all(prompt.startswith("<lora:family-1:") for prompt in report["prompts"].values())
     assert report["outputs"] == []
     assert 0 < report["residual_share"] < 1
+    assert report["from_base"] is from_base and len(report["alternatives"]) == 5
     assert listing(folder) == before
+    said = run_cli([part for part in command if part not in ("--json", "--quiet")])
+    assert said.returncode == 0, said.stderr
+    assert ("choose it as the base to compare" in said.stdout) is not from_base
 
 
 def test_the_api_has_a_quick_forecast_and_previews_as_jobs(folder: Path) -> None:
