@@ -3,10 +3,12 @@ window.hypermergeJobs = window.hypermergeJobs || (() => {
     // A job is asked after when its bar has ended, else seldom: gradio redraws the page for every answer.
     const SOON = 300, BRIEF = 2000, SELDOM = 5000, AT_MOST = 10000, PATIENCE = 20000; // ms
     const SILENT = "No answer from the server. The job goes on there, and its result will be here when the server is back.";
-    const ANOTHER = "The server was started again: reload the page. Whatever it had not finished is gone.";
+    const ANOTHER = "The server was started again: reload the page to see what became of the job.";
     const STARTERS = ["run", "preview", "try", "take_back"];
 
-    const jobs = {}; // verb: {task, over, bar: since when, news: the last, pause, lost: the last pauses, timer, silence}
+    // verb: {task, over, bar: since when, known: whether the server has said so, news: the last, pause, lost: the last
+    // pauses, timer, silence}
+    const jobs = {};
     let server = null; // gradio's number for the server that sent this page
 
     const root = () => (typeof gradioApp === "function" ? gradioApp() : document);
@@ -27,10 +29,11 @@ window.hypermergeJobs = window.hypermergeJobs || (() => {
     }
 
     function begin(verb, task) {
-        jobs[verb] = {task, over: false, bar: 0, news: "", pause: 0, lost: 0, timer: null, silence: null};
+        jobs[verb] = {task, over: false, bar: 0, known: false, news: "", pause: 0, lost: 0, timer: null, silence: null};
         say(verb, "");
         setRunning(verb, true);
         watch(verb);
+        expectAnswer(verb);
     }
 
     function watch(verb) {
@@ -39,10 +42,11 @@ window.hypermergeJobs = window.hypermergeJobs || (() => {
         const barEnded = () => {
             if (!goesOn(verb, job)) return;
             job.bar = 0;
-            if (job.timer) askIn(verb, Date.now() - since > BRIEF ? SOON : Math.max(SOON, job.pause));
+            // while its start is not answered, only if it did arrive
+            if (job.timer || job.known) askIn(verb, Date.now() - since > BRIEF ? SOON : Math.max(SOON, job.pause));
         };
-        if (typeof requestProgress === "function") {
-            requestProgress(job.task, anchor, null, barEnded, () => {}); // the WebUI's own bar
+        if (typeof requestProgress === "function") { // the WebUI's own bar
+            requestProgress(job.task, anchor, null, barEnded, ({active, queued}) => { job.known ||= active || queued; });
         } else {
             poll(verb, job, anchor).then(barEnded);
         }
@@ -58,6 +62,7 @@ window.hypermergeJobs = window.hypermergeJobs || (() => {
             await new Promise((resolve) => setTimeout(resolve, 250));
             state = await json(`hypermerge/v1/jobs/${encodeURIComponent(job.task)}`);
             if (!state) continue;
+            job.known = true;
             const percent = `${Math.round(state.progress * 100)}%`;
             bar.firstChild.style.width = percent;
             bar.firstChild.textContent = `${percent} ${state.text}`;
@@ -88,11 +93,20 @@ window.hypermergeJobs = window.hypermergeJobs || (() => {
         } else if (before && before !== now) { // there, gradio's numbers of our events may be those of others
             job.over = true;
             setRunning(verb, false);
+            setInert(verb, true);
             say(verb, ANOTHER);
         } else {
-            job.silence = setTimeout(() => { if (goesOn(verb, job)) say(verb, SILENT); }, PATIENCE);
+            expectAnswer(verb);
             find(verb, "ask").click();
         }
+    }
+
+    function expectAnswer(verb) {
+        const job = jobs[verb];
+        clearTimeout(job.silence);
+        job.silence = setTimeout(() => {
+            if (goesOn(verb, job) && !document.hidden) say(verb, SILENT);
+        }, PATIENCE);
     }
 
     // after every answer about a job, and where none came: then the news are those that were there before
@@ -155,7 +169,12 @@ window.hypermergeJobs = window.hypermergeJobs || (() => {
 
     function setRunning(verb, running) {
         find(verb, "panel").classList.toggle("hypermerge-running", running);
-        for (const name of STARTERS) find(verb, name)?.toggleAttribute("inert", running); // a key would press them
+        setInert(verb, running);
+    }
+
+    // not by style alone: a key would press them
+    function setInert(verb, inert) {
+        for (const name of STARTERS) find(verb, name)?.toggleAttribute("inert", inert);
     }
 
     // beside the bar, for what gradio cannot tell

@@ -54,6 +54,8 @@ class Wires:
                     near.close()
                     continue
                 self._open |= {near, far}
+                if self.down:  # since a moment
+                    self.cut()
                 for source, sink in ((near, far), (far, near)):
                     threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
 

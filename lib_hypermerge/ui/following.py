@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,7 @@ class Following:
         self._number = itertools.count()
         self._planned: dict[str, bool] = {}  # jobs that the runner does not know yet; whether they are to be cancelled
         self._refusals: dict[str, str] = {}
+        self._lock = threading.Lock()  # of these two
         self.result = gr.HTML("", elem_id=element_id(verb.id, "result"))
         # invisible controls are not in the page, so the page's script fills these through the events' inputs
         self.task = gr.Textbox(visible=False, elem_id=element_id(verb.id, "task"))
@@ -80,11 +82,13 @@ class Following:
 
     def interrupt(self, task: str) -> None:
         """Cancel the job that this page shows, never another's."""
+        with self._lock:
+            if task in self._planned:
+                self._planned[task] = True
+                return
         job = self._job(task)
         if job is not None:
             job.cancel()
-        elif task in self._planned:
-            self._planned[task] = True
 
     def last(self) -> list[str]:
         """What there is to say of the newest job as the page opens: result and news."""
@@ -94,29 +98,36 @@ class Following:
     def _start(self, submit: Callable[..., Job], task: str, *raw: Any) -> list[Any]:
         """Also for a job that was started already: a browser may send a request again whose connection broke."""
         job_id = task or f"task({secrets.token_hex(8)})"
-        if not self._is_known(job_id):
-            self._planned[job_id] = False
+        if self._is_new(job_id):
             try:
                 job = submit(job_id, *raw)
-                if self._planned[job_id]:
-                    job.cancel()
             except HypermergeError as error:
                 self._refuse(job_id, error)
             except Exception as error:
                 log.exception("%s could not be started", self.verb.id)
                 self._refuse(job_id, defect(error))
-            finally:
-                del self._planned[job_id]
+            else:
+                with self._lock:
+                    cancelled = self._planned.pop(job_id)
+                if cancelled:
+                    job.cancel()
         return self._tell(job_id)
 
-    def _is_known(self, task: str) -> bool:
-        return task in self._planned or task in self._refusals or self._job(task) is not None
+    def _is_new(self, task: str) -> bool:
+        """Whether nobody has sent it before; from now on somebody has."""
+        with self._lock:
+            if task in self._planned or task in self._refusals or self._job(task) is not None:
+                return False
+            self._planned[task] = False
+            return True
 
     def _refuse(self, task: str, error: HypermergeError) -> None:
-        self._refusals[task] = error_html(error)
-        if len(self._refusals) > _REMEMBERED:
-            del self._refusals[next(iter(self._refusals))]
         self.runner.host.forget(task)
+        with self._lock:
+            self._refusals[task] = error_html(error)
+            if len(self._refusals) > _REMEMBERED:
+                del self._refusals[next(iter(self._refusals))]
+            del self._planned[task]
 
     def _tell(self, task: str) -> list[Any]:
         """The result if it is there or will be in a moment, and the news."""

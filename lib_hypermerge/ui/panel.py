@@ -83,7 +83,6 @@ class Panel:
                 gr.HTML("", elem_id=self._id("progress"))
             self.styles = StyleControls(self.verb, self.runner) if styles else None
             self.following = Following(self.verb, self.runner)
-            # invisible controls are not in the page, so the page's script fills them through the events' inputs:
             # the last name for the result that was filled in; what was asked about the present choice, and the answer
             self.suggested = gr.Textbox(visible=False, elem_id=self._id("suggested"))
             self.asked = gr.Textbox(visible=False, elem_id=self._id("asked"))
