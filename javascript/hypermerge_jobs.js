@@ -6,7 +6,7 @@ window.hypermergeJobs = window.hypermergeJobs || (() => {
     const ANOTHER = "The server was started again: reload the page to see what became of the job.";
     const STARTERS = ["run", "preview", "try", "take_back"];
 
-    // verb: {task, over, bar: since when, known: whether the server has said so, news: the last, pause, lost: the last
+    // verb: {task, over, bar: whether it has one, known: whether the server has said so, news: the last, pause, lost: the last
     // pauses, timer, silence}
     const jobs = {};
     let server = null; // gradio's number for the server that sent this page
@@ -29,7 +29,7 @@ window.hypermergeJobs = window.hypermergeJobs || (() => {
     }
 
     function begin(verb, task) {
-        jobs[verb] = {task, over: false, bar: 0, known: false, news: "", pause: 0, lost: 0, timer: null, silence: null};
+        jobs[verb] = {task, over: false, bar: false, known: false, news: "", pause: 0, lost: 0, timer: null, silence: null};
         say(verb, "");
         setRunning(verb, true);
         watch(verb);
@@ -38,10 +38,10 @@ window.hypermergeJobs = window.hypermergeJobs || (() => {
 
     function watch(verb) {
         const job = jobs[verb], anchor = find(verb, "progress"), since = Date.now();
-        job.bar = since;
+        job.bar = true;
         const barEnded = () => {
             if (!goesOn(verb, job)) return;
-            job.bar = 0;
+            job.bar = false;
             // while its start is not answered, only if it did arrive
             if (job.timer || job.known) askIn(verb, Date.now() - since > BRIEF ? SOON : Math.max(SOON, job.pause));
         };

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
+import pytest
 import uvicorn
 from playwright.sync_api import Locator, Page, expect
 
 from lib_hypermerge.hosts.standalone import FolderHost
+from lib_hypermerge.jobs.extract_layers import LayerWork
 from lib_hypermerge.jobs.runner import Runner
 from lib_hypermerge.jobs.verbs import VERBS
 from lib_hypermerge.ui.page import app_of
@@ -54,6 +56,25 @@ def queued(runner: Runner) -> list[dict]:
     """The events of the whole tab that gradio would put into its queue."""
     dependencies = build_tab(runner).config["dependencies"]
     return [d for d in dependencies if d["backend_fn"] and d["queue"] is not False]
+
+
+def host_in(folder: Path) -> FolderHost:
+    """Over two new folders for checkpoints and LoRAs."""
+    checkpoints, loras = folder / "checkpoints", folder / "loras"
+    checkpoints.mkdir()
+    loras.mkdir()
+    return FolderHost(checkpoints, loras)
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Every layer of an extraction takes so much longer, so that something can happen meanwhile."""
+    extract = LayerWork.extract
+
+    def slowly(self, pair, rank=None):
+        time.sleep(seconds)
+        return extract(self, pair, rank)
+
+    monkeypatch.setattr(LayerWork, "extract", slowly)
 
 
 @contextmanager

@@ -14,20 +14,20 @@ from pages import (
     choose,
     choose_models,
     field,
+    host_in,
     open_page,
     panel_of,
     queued,
     refresh_and_choose,
     result,
     served,
+    slow_down,
     text_box,
     type_into,
 )
 from playwright.sync_api import Page, expect
 from safetensors import safe_open
 
-from lib_hypermerge.hosts.standalone import FolderHost
-from lib_hypermerge.jobs.extract_layers import LayerWork
 from lib_hypermerge.jobs.extract_spec import ExtractSpec
 from lib_hypermerge.jobs.runner import Runner
 from lib_hypermerge.jobs.verbs import VERBS
@@ -35,26 +35,17 @@ from lib_hypermerge.jobs.verbs import VERBS
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("site")
-    checkpoints, loras = folder / "checkpoints", folder / "loras"
-    checkpoints.mkdir()
-    loras.mkdir()
+    host = host_in(tmp_path_factory.mktemp("site"))
     base = base_weights()
-    save_pair(checkpoints, base, tuned_weights(base, rank_change(4)))
-    with served(Runner(FolderHost(checkpoints, loras))) as running:
+    save_pair(host.checkpoint_dir, base, tuned_weights(base, rank_change(4)))
+    with served(Runner(host)) as running:
         yield running
 
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that take their time, so that there is something to interrupt."""
-    extract = LayerWork.extract
-
-    def slowly(self, pair, rank=None):
-        time.sleep(0.1)
-        return extract(self, pair, rank)
-
-    monkeypatch.setattr(LayerWork, "extract", slowly)
+    slow_down(monkeypatch, 0.1)
 
 
 def test_extract_from_click_to_file_and_snippet(page: Page, site: Site) -> None:

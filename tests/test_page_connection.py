@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 from cut_wires import Wires
 from models import base_weights, rank_change, save_pair, tuned_weights
-from pages import SOON, Site, choose_models, field, open_page, panel_of, result, served, type_into
+from pages import SOON, Site, choose_models, field, host_in, open_page, panel_of, result, served, slow_down, type_into
 from playwright.sync_api import Page, expect
 
 from lib_hypermerge.errors import SpecError
@@ -24,13 +24,10 @@ from lib_hypermerge.jobs.runner import Job, Runner
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("site")
-    checkpoints, loras = folder / "checkpoints", folder / "loras"
-    checkpoints.mkdir()
-    loras.mkdir()
+    host = host_in(tmp_path_factory.mktemp("site"))
     base = base_weights()
-    save_pair(checkpoints, base, tuned_weights(base, rank_change(4)))
-    with served(Runner(FolderHost(checkpoints, loras))) as running:
+    save_pair(host.checkpoint_dir, base, tuned_weights(base, rank_change(4)))
+    with served(Runner(host)) as running:
         yield running
 
 
@@ -59,13 +56,7 @@ def nothing_goes_on(site: Site) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that take their time, so that a connection can break meanwhile."""
-    extract = LayerWork.extract
-
-    def slowly(self, pair, rank=None):
-        time.sleep(0.02)
-        return extract(self, pair, rank)
-
-    monkeypatch.setattr(LayerWork, "extract", slowly)
+    slow_down(monkeypatch, 0.02)
 
 
 @pytest.fixture

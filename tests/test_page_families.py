@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from models import ATTENTION, SD1_TEXT, base_weights, save_pair, tuned_weights
-from pages import SOON, Site, choose, choose_models, field, open_page, result, served, text_box, type_into
+from pages import SOON, Site, choose, choose_models, field, host_in, open_page, result, served, text_box, type_into
 from playwright.sync_api import Page, expect
 from safetensors.torch import load_file
 
-from lib_hypermerge.hosts.standalone import FolderHost
 from lib_hypermerge.jobs.runner import Runner
 
 
@@ -24,13 +23,10 @@ def rescaled(key: str, weight: torch.Tensor, generator: torch.Generator) -> torc
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("site")
-    checkpoints, loras = folder / "checkpoints", folder / "loras"
-    checkpoints.mkdir()
-    loras.mkdir()
+    host = host_in(tmp_path_factory.mktemp("site"))
     base = base_weights("sd15", 16)
-    save_pair(checkpoints, base, tuned_weights(base, rescaled))
-    with served(Runner(FolderHost(checkpoints, loras))) as running:
+    save_pair(host.checkpoint_dir, base, tuned_weights(base, rescaled))
+    with served(Runner(host)) as running:
         yield running
 
 

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 from models import base_weights, extract, rank_change, save_pair, tuned_weights
-from pages import SOON, Site, choose, field, open_page, refresh_and_choose, result, served, text_box, type_into
+from pages import SOON, Site, choose, field, host_in, open_page, refresh_and_choose, result, served, text_box, type_into
 from playwright.sync_api import Page, expect
 from safetensors import safe_open
 
 from lib_hypermerge.errors import SpecError
-from lib_hypermerge.hosts.standalone import FolderHost
 from lib_hypermerge.jobs import block_weights
 from lib_hypermerge.jobs.runner import Runner
 from lib_hypermerge.ui.lora_rows import ROWS
@@ -22,15 +21,13 @@ MERGE = "merge"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("merge")
-    checkpoints, loras = folder / "checkpoints", folder / "loras"
-    checkpoints.mkdir()
-    loras.mkdir()
+    host = host_in(tmp_path_factory.mktemp("merge"))
+    checkpoints, loras = host.checkpoint_dir, host.lora_dir
     base = base_weights()
     pair = save_pair(checkpoints, base, tuned_weights(base, rank_change(2)))
     for name in ("one", "two"):
         extract(*pair, loras / name, "--rank", 2)
-    with served(Runner(FolderHost(checkpoints, loras))) as running:
+    with served(Runner(host)) as running:
         yield running
 
 

@@ -6,24 +6,21 @@ from collections.abc import Iterator
 
 import pytest
 from models import base_weights, extract, rank_change, save_pair, tuned_weights
-from pages import SOON, Site, choose, field, open_page, refresh_and_choose, result, served, text_box, type_into
+from pages import SOON, Site, choose, field, host_in, open_page, refresh_and_choose, result, served, text_box, type_into
 from playwright.sync_api import Page, expect
 
-from lib_hypermerge.hosts.standalone import FolderHost
 from lib_hypermerge.jobs.runner import Runner
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("models")
-    checkpoints, loras = folder / "checkpoints", folder / "loras"
-    checkpoints.mkdir()
-    loras.mkdir()
+    host = host_in(tmp_path_factory.mktemp("models"))
+    checkpoints, loras = host.checkpoint_dir, host.lora_dir
     base = base_weights()
     pair = save_pair(checkpoints, base, tuned_weights(base, rank_change(2)))
     for name, rank in (("one", 1), ("two", 2)):
         extract(*pair, loras / name, "--rank", rank)
-    with served(Runner(FolderHost(checkpoints, loras))) as running:
+    with served(Runner(host)) as running:
         yield running
 
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import convert_files as files
 import pytest
 from models import base_weights, save_checkpoint
-from pages import SOON, Site, choose, field, open_page, result, served, text_box
+from pages import SOON, Site, choose, field, host_in, open_page, result, served, text_box
 from playwright.sync_api import Page, expect
 from transfer_models import noisy
 
-from lib_hypermerge.hosts.standalone import FolderHost
 from lib_hypermerge.jobs.runner import Runner
 
 VERB = "transfer"
@@ -19,17 +18,15 @@ VERB = "transfer"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("transfer")
-    checkpoints, loras = folder / "checkpoints", folder / "loras"
-    checkpoints.mkdir()
-    loras.mkdir()
+    host = host_in(tmp_path_factory.mktemp("transfer"))
+    checkpoints, loras = host.checkpoint_dir, host.lora_dir
     base = base_weights()
     save_checkpoint(checkpoints / "source.safetensors", base)
     save_checkpoint(checkpoints / "relative.safetensors", noisy(base, 0.1))
     save_checkpoint(checkpoints / "stranger.safetensors", base_weights(seed=3))
     for seed, name in enumerate(("style", "pose")):
         files.save(loras / f"{name}.safetensors", files.lora("sd15", only=files.some, seed=seed))
-    with served(Runner(FolderHost(checkpoints, loras))) as running:
+    with served(Runner(host)) as running:
         yield running
 
 

@@ -8,11 +8,10 @@ import convert_files as files
 import pytest
 from models import ATTENTION, last_json, listing, run_cli, save_checkpoint
 from safetensors.torch import load_file
-from transfer_models import arguments, save_models, transfer, values
+from transfer_models import arguments, replacing, save_models, transfer, values
 
 from lib_hypermerge.errors import InputChangedError
 from lib_hypermerge.hosts.standalone import PathHost
-from lib_hypermerge.jobs.host import Context
 from lib_hypermerge.jobs.transfer import job
 
 
@@ -106,22 +105,15 @@ def test_one_of_several_that_changes_while_it_is_read(models, tmp_path, which):
     for name in ("style", "target"):
         (tmp_path / f"{name}.safetensors").write_bytes((models / f"{name}.safetensors").read_bytes())
     (tmp_path / "second.safetensors").write_bytes((models / "style.safetensors").read_bytes())
-    done = []
-
-    def on_progress(fraction: float, _text: str) -> None:
-        if fraction > 0.3 and not done:
-            path = tmp_path / f"{which}.safetensors"
-            done.append(path.with_name("other").write_bytes(path.read_bytes()))
-            path.with_name("other").replace(path)
-
+    context, _ = replacing(tmp_path / f"{which}.safetensors")
     spec = values(models, tmp_path, loras=[str(tmp_path / f"{name}.safetensors") for name in ("style", "second")],
                   target_base=str(tmp_path / "target.safetensors"), out=str(tmp_path / "{name}-new"))  # fmt: skip
     with job.make_plan(spec, PathHost()) as plan:
         if which == "target":
             with pytest.raises(InputChangedError):
-                job.run(plan, PathHost(), Context(on_progress))
+                job.run(plan, PathHost(), context)
         else:
-            report = job.run(plan, PathHost(), Context(on_progress))
+            report = job.run(plan, PathHost(), context)
             assert report.exit_code == 1 and report.details["failed"][0]["error"]["code"] == "input_changed"
     new = {name for name in listing(tmp_path) if name.endswith("-new.safetensors")}
     assert new == (set() if which == "target" else {"second-new.safetensors"})

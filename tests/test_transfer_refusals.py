@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from models import ATTENTION, cast, last_json, listing, run_cli, save_checkpoint
 from safetensors.torch import load_file, save_file
-from transfer_models import arguments, refusal, save_models, transfer, values
+from transfer_models import arguments, refusal, replacing, save_models, transfer, values
 
 from lib_hypermerge import api
 from lib_hypermerge.errors import Cancelled, InputChangedError, LayoutError, OutputError, SpecError
@@ -280,16 +280,9 @@ def test_cancelled_while_blocks_are_compared(models, tmp_path):
 def test_a_file_that_changes_while_it_is_read(models, tmp_path, which):
     for name in ("style", "source", "target"):
         (tmp_path / f"{name}.safetensors").write_bytes((models / f"{name}.safetensors").read_bytes())
-    done = []
-
-    def on_progress(fraction: float, _text: str) -> None:
-        if fraction > 0.3 and not done:
-            path = tmp_path / f"{which}.safetensors"
-            done.append(path.with_name("other").write_bytes(path.read_bytes()))
-            path.with_name("other").replace(path)
-
+    context, done = replacing(tmp_path / f"{which}.safetensors")
     with job.make_plan(values(tmp_path, tmp_path), PathHost()) as plan, pytest.raises(InputChangedError, match=which):
-        job.run(plan, PathHost(), Context(on_progress))
+        job.run(plan, PathHost(), context)
     assert done and "new.safetensors" not in listing(tmp_path)
 
 

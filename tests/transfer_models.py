@@ -10,6 +10,7 @@ import convert_files as files
 import torch
 from models import UNET, Weights, base_weights, last_json, run_cli, save_checkpoint
 
+from lib_hypermerge.jobs.host import Context
 from lib_hypermerge.jobs.transfer.spec import TransferSpec
 
 Tensor = torch.Tensor
@@ -32,6 +33,18 @@ def values(models: Path, tmp_path: Path, **more) -> TransferSpec:
         "loras": [str(models / "style.safetensors")], "source_base": str(models / "source.safetensors"),
         "target_base": str(models / "target.safetensors"), "out": str(tmp_path / "new"), **more,
     })  # fmt: skip
+
+
+def replacing(path: Path) -> tuple[Context, list[int]]:
+    """A job's context that replaces a file by a copy of it, once, while the job reads; and a list, empty until then."""
+    done: list[int] = []
+
+    def on_progress(fraction: float, _text: str) -> None:
+        if fraction > 0.3 and not done:
+            done.append(path.with_name("other").write_bytes(path.read_bytes()))
+            path.with_name("other").replace(path)
+
+    return Context(on_progress), done
 
 
 def transfer(lora, source: Path, target: Path, out: Path, *more) -> dict:
